@@ -1,0 +1,113 @@
+"""Memory: budgets in words, limits of MLX that are restored, and what was really used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import resource
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+BUDGET_SHARE = 0.7
+"""Share of the available memory that a decode takes unless told otherwise."""
+
+
+def parse_bytes(amount: int | float | str) -> int:
+    """Reads an amount of memory.
+
+    Args:
+        amount: Bytes, or a string such as "8GB" (10**9), "6.5GiB" (2**30) or "800 MB".
+
+    Raises:
+        ValueError: If it is no positive amount in known units.
+
+    Example:
+        >>> parse_bytes("6.5GiB")
+        6979321856
+    """
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
+        if match and match[2].upper() in _UNITS:
+            return parse_bytes(float(match[1]) * _UNITS[match[2].upper()])
+    elif not isinstance(amount, bool) and 1 <= amount < 2**63:
+        return int(amount)
+    raise ValueError(f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {amount!r}")
+
+
+def format_bytes(amount: int | float) -> str:
+    """An amount of memory for people, in powers of ten: "1.52 GB"."""
+    for unit in ("GB", "MB", "KB"):
+        if amount >= _UNITS[unit]:
+            return f"{amount / _UNITS[unit]:.2f} {unit}"
+    return f"{amount:.0f} B"
+
+
+def available_bytes() -> int:
+    """What the default device can take: Metal's recommended working set, CUDA's or the CPU's free memory."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        info = mx.device_info()
+        for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
+            if isinstance(info.get(key), int):
+                return int(info[key])
+    if platform.system() == "Linux":
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_budget(limit: int | float | str | None = None) -> int:
+    """The bytes that a decode may use: the limit, or 70 % of what is available."""
+    return int(BUDGET_SHARE * available_bytes()) if limit is None else parse_bytes(limit)
+
+
+def peak_bytes() -> int:
+    """The most that MLX held since `mx.reset_peak_memory`."""
+    return max(mx.get_peak_memory(), mx.get_active_memory())
+
+
+def footprint_bytes() -> int:
+    """The most physical memory that this process held, as the operating system counts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def memory_limits(
+    memory: int | float | str | None = None,
+    *,
+    cache: int | float | str | None = None,
+    wired: int | float | str | None = None,
+) -> Iterator[int]:
+    """Sets MLX's memory limits and restores them at the end, whatever happens.
+
+    Args:
+        memory: The memory limit, bytes or a string; by default `memory_budget()`.
+        cache: The limit of the cache of freed buffers; by default an eighth of `memory`.
+        wired: The wired limit, on Metal only; by default unchanged. Metal refuses more than its
+            recommended working set.
+
+    Yields:
+        The memory limit in bytes.
+
+    Example:
+        >>> with memory_limits("8GB") as limit:
+        ...     print(limit)
+        8000000000
+    """
+    limit = memory_budget(memory)
+    with contextlib.ExitStack() as restored:
+        settings = [(mx.set_memory_limit, limit)]
+        settings.append((mx.set_cache_limit, limit // 8 if cache is None else parse_bytes(cache)))
+        if wired is not None and mx.metal.is_available():
+            settings.append((mx.set_wired_limit, parse_bytes(wired)))
+        for set_limit, value in settings:
+            restored.callback(set_limit, set_limit(value))
+        yield limit

@@ -1,0 +1,1 @@
+"""The LTX video decoder: configs, exact streaming and checkpoints."""

@@ -1,0 +1,337 @@
+"""`VideoDecoder`: latents to frames, whole, streamed, by window or by blended tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae_tiling.tiling import TilingConfig, decode_with_tiling
+from mlx_vae_tiling.vae.config import DecoderConfig, ResBlockNarrowing, ResBlocks
+from mlx_vae_tiling.vae.convolution import ConvolutionForm
+from mlx_vae_tiling.vae.layers import (
+    ConvolutionLayer,
+    DepthToSpaceUpsample,
+    ResnetBlock3D,
+    Setting,
+    TimestepEmbedding,
+    UNetMidBlock3D,
+    activate,
+    modulations,
+    unpatchify,
+)
+from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Region, Span, Window
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class PerChannelStatistics(nn.Module):
+    """Mean and standard deviation of each latent channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mean = mx.zeros((channels,))
+        self.std = mx.ones((channels,))
+
+
+class VideoDecoder(nn.Module):
+    """A convolutional LTX video decoder.
+
+    It has no weights until `load_weights` or `init_random` gave it some; `load_decoder` builds one
+    from a checkpoint. It is itself a `decoder_fn` for `decode_with_tiling`.
+
+    Args:
+        config: The architecture.
+
+    Attributes:
+        decode_timestep: Default timestep of versions that are conditioned on one.
+        decode_noise_scale: Default share of noise in the latents of those versions; 0 makes
+            decoding them deterministic.
+        convolution_form: Pins a form of convolution, None for the backend's default.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.decode_timestep = 0.05
+        self.decode_noise_scale = 0.025
+        self.convolution_form: ConvolutionForm | None = None
+        self._has_weights = False
+        self.conv_in = ConvolutionLayer(config.latent_channels, config.bottleneck_channels)
+        self.up_blocks: list[Any] = []
+        fields = 0
+        for block, width in config.blocks():
+            if isinstance(block, ResBlocks):
+                self.up_blocks.append(UNetMidBlock3D(width, block, config.timestep_conditioning, fields))
+                fields += 2 * block.num_layers * block.inject_noise
+            elif isinstance(block, ResBlockNarrowing):
+                self.up_blocks.append(ResnetBlock3D(width, width // block.multiplier))
+            else:
+                self.up_blocks.append(DepthToSpaceUpsample(width, block))
+        self._noise_fields = fields
+        self.conv_out = ConvolutionLayer(config.base_channels, config.out_channels * config.patch_size**2)
+        if config.timestep_conditioning:
+            self.timestep_scale_multiplier = mx.array(1000.0)
+            self.last_time_embedder = TimestepEmbedding(2 * config.base_channels)
+            self.last_scale_shift_table = mx.zeros((2, config.base_channels))
+        self.per_channel_statistics = PerChannelStatistics(config.latent_channels)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype in which the decoder computes: that of its weights."""
+        return self.conv_in.conv.weight.dtype
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
+        """As `nn.Module.load_weights`."""
+        super().load_weights(file_or_weights, strict)
+        self._has_weights = True
+        return self
+
+    def init_random(self, seed: int = 0) -> VideoDecoder:
+        """Fills all parameters with seeded noise that keeps activations near unit variance.
+
+        For tests and benchmarks: the frames show nothing.
+        """
+        key = mx.random.key(seed)
+        weights = []
+        for name, value in nn.utils.tree_flatten(self.parameters()):
+            key, own = mx.random.split(key)
+            fan_in = value.size // value.shape[0] if value.ndim > 1 else 100
+            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) / math.sqrt(fan_in)))
+        kept = {"per_channel_statistics.std", "timestep_scale_multiplier"}
+        self.load_weights([(name, value) for name, value in weights if name not in kept], strict=False)
+        return self
+
+    def __call__(
+        self, latents: mx.array, causal: bool | None = None, timestep: Any = None, debug: bool = False
+    ) -> mx.array:
+        """Decodes normalised latents as a whole.
+
+        Args:
+            latents: (B, C, F, H, W), normalised per channel.
+            causal: Overrides the config's.
+            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
+            debug: Accepted for compatibility; nothing depends on it.
+
+        Returns:
+            (B, 3, 8(F-1)+1, 32H, 32W) in the latents' dtype, nominally in [-1, 1], unclamped.
+
+        Raises:
+            ValueError: If the latents or the timestep do not fit the decoder.
+        """
+        step = max(latents.shape[2], 1) if latents.ndim == 5 else 1
+        pieces = list(self.stream(latents, latent_frames_per_step=step, causal=causal, timestep=timestep))
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+    def decode_tiled(
+        self, latents: mx.array, tiling_config: TilingConfig | None = None, **options: Any
+    ) -> mx.array:
+        """Decodes by blended tiles: `decode_with_tiling` with this decoder and its scales.
+
+        Args:
+            latents: (B, C, F, H, W), normalised.
+            tiling_config: Tiles and overlaps; None decodes whole.
+            **options: Further arguments of `decode_with_tiling`.
+        """
+        return decode_with_tiling(
+            self,
+            latents,
+            tiling_config,
+            spatial_scale=self.config.spatial_scale,
+            temporal_scale=self.config.temporal_scale,
+            **options,
+        )
+
+    def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+        """(B, 3, frames, height, width) of the decode of latents of this shape."""
+        b, _, f, h, w = latent_shape
+        t, s = self.config.temporal_scale, self.config.spatial_scale
+        return b, self.config.out_channels, t * (f - 1) + 1, s * h, s * w
+
+    def stream(
+        self,
+        latents: mx.array,
+        *,
+        window: Window | None = None,
+        latent_frames_per_step: int = 1,
+        causal: bool | None = None,
+        timestep: Any = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+        max_chunk_frames: int | None = None,
+    ) -> Iterator[mx.array]:
+        """Decodes piece by piece; the concatenation along time is exactly the whole decode.
+
+        Memory does not grow with the number of frames. Arguments are checked at once, before the
+        first piece is asked for.
+
+        Args:
+            latents: (B, C, F, H, W).
+            window: The part of the output to decode; None for all of it.
+            latent_frames_per_step: Latent frames taken in at a time. Larger steps use more memory.
+            causal: Overrides the config's.
+            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
+            noise_scale: Overrides `decode_noise_scale`.
+            seed: Of the noise fields, which are drawn for the whole video whatever the window.
+            normalized: False for latents that were already multiplied by the channels' standard
+                deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
+            max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+
+        Returns:
+            An iterator of (B, 3, f, h, w) in the latents' dtype.
+
+        Raises:
+            ValueError: If latents, window or options do not fit the decoder.
+        """
+        self._check(latents)
+        if latent_frames_per_step < 1 or (max_chunk_frames is not None and max_chunk_frames < 1):
+            raise ValueError(
+                "latent_frames_per_step and max_chunk_frames must be at least 1, "
+                f"got {latent_frames_per_step} and {max_chunk_frames}"
+            )
+        b, _, *size = self.output_shape(latents.shape)
+        pixels = (window or Window()).region(*size)
+        scale = self.decode_noise_scale if noise_scale is None else noise_scale
+        if not self.config.timestep_conditioning:
+            timestep, scale = None, 0.0
+        elif not 0 <= scale <= 1:
+            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
+        else:
+            timestep = self._scaled_timestep(self.decode_timestep if timestep is None else timestep, b)
+        setting = Setting(
+            reach=CAUSAL if (self.config.causal if causal is None else causal) else CENTRED,
+            padding=self.config.spatial_padding_mode,
+            form=self.convolution_form,
+            timestep=timestep,
+            noise=self._noise_field(seed),
+        )
+        noise = self._latent_noise(seed, latents.shape) if scale else None
+        prepare = partial(self._prepare, latents, noise, scale, normalized)
+        return self._pieces(prepare, pixels, latent_frames_per_step, max_chunk_frames, setting, latents.dtype)
+
+    def regions(self, pixels: Region, causal: bool | None = None) -> list[Region]:
+        """The latents that a region of the output needs, then what each layer makes of them."""
+        reach = CAUSAL if (self.config.causal if causal is None else causal) else CENTRED
+        p = self.config.patch_size
+        height, width = pixels.height.before_upsampling(p, 0), pixels.width.before_upsampling(p, 0)
+        regions = [Region(pixels.time, height, width)]
+        for layer in reversed(self._layers()):
+            regions.append(layer.source(regions[-1], reach))
+        return regions[::-1]
+
+    def _layers(self) -> list[Any]:
+        return [self.conv_in, *self.up_blocks, self.conv_out]
+
+    def _pieces(
+        self,
+        prepare: Any,
+        pixels: Region,
+        step: int,
+        max_chunk_frames: int | None,
+        setting: Setting,
+        dtype: mx.Dtype,
+    ) -> Iterator[mx.array]:
+        layers = self._layers()
+        source, *regions = self.regions(pixels, setting.reach == CAUSAL)
+        cap = max_chunk_frames or math.inf
+        chunks = (
+            prepare(source, start, min(start + step, source.time.stop))
+            for start in range(source.time.start, source.time.stop, step)
+        )
+        options: dict[str, Any] = {}
+        limit = step
+        for layer, region in zip(layers, regions, strict=True):
+            if layer is self.conv_out:
+                options["before"] = partial(activate, modulation=self._last_modulation(setting))
+            chunks = layer.stream(chunks, region, int(min(limit, cap)), setting, **options)
+            if isinstance(layer, DepthToSpaceUpsample):
+                limit *= layer.stride[0]
+        return self._finish(chunks, regions[-1], pixels, dtype)
+
+    def _finish(
+        self, chunks: Iterator[mx.array], patches: Region, pixels: Region, dtype: mx.Dtype
+    ) -> Iterator[mx.array]:
+        """Unpatchifies, one piece ahead of the consumer where evaluation is asynchronous."""
+        p = self.config.patch_size
+        top, left = patches.height.start * p, patches.width.start * p
+        rows = slice(pixels.height.start - top, pixels.height.stop - top)
+        columns = slice(pixels.width.start - left, pixels.width.stop - left)
+        ahead = mx.default_device().type == mx.DeviceType.gpu
+        waiting: list[mx.array] = []
+        for chunk in chunks:
+            waiting.append(unpatchify(chunk, p)[..., rows, columns].astype(dtype))
+            del chunk
+            mx.async_eval(waiting[-1])
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+
+    def _prepare(
+        self,
+        latents: mx.array,
+        noise: mx.array | None,
+        scale: float,
+        normalized: bool,
+        source: Region,
+        start: int,
+        stop: int,
+    ) -> mx.array:
+        """Latents start to stop - 1 of the source region as channels-last input of `conv_in`."""
+        box = (
+            slice(None),
+            slice(None),
+            slice(start, stop),
+            slice(source.height.start, source.height.stop),
+            slice(source.width.start, source.width.stop),
+        )
+        mean, std = self.per_channel_statistics.mean, self.per_channel_statistics.std
+        mean, std = mean.astype(mx.float32), std.astype(mx.float32)
+        z = latents[box].astype(mx.float32).transpose(0, 2, 3, 4, 1)
+        if noise is not None:
+            z = z if normalized else (z - mean) / std
+            z = (1 - scale) * z + scale * noise[box].transpose(0, 2, 3, 4, 1)
+        return (z * std + mean if normalized or noise is not None else z).astype(self.dtype)
+
+    def _latent_noise(self, seed: int, shape: tuple[int, ...]) -> mx.array:
+        return mx.random.normal(shape, key=mx.random.split(mx.random.key(seed))[0])
+
+    def _noise_field(self, seed: int) -> Callable[[int, int, int], mx.array]:
+        keys = mx.random.split(mx.random.split(mx.random.key(seed))[1], max(self._noise_fields, 1))
+        return lambda index, height, width: mx.random.normal((height, width), key=keys[index])
+
+    def _scaled_timestep(self, timestep: Any, batch: int) -> mx.array:
+        given = mx.array(timestep, mx.float32).reshape(-1)
+        if given.size not in (1, batch):
+            raise ValueError(f"timestep must be one number or one per batch entry ({batch}), got {given.size}")
+        return mx.broadcast_to(given * self.timestep_scale_multiplier.astype(mx.float32), (batch,))
+
+    def _last_modulation(self, setting: Setting) -> tuple[mx.array, mx.array] | None:
+        if setting.timestep is None:
+            return None
+        shift, scale = modulations(self.last_time_embedder(setting.timestep), self.last_scale_shift_table)
+        return shift, scale
+
+    def _check(self, latents: mx.array) -> None:
+        if not self._has_weights:
+            raise ValueError(
+                "the decoder has no weights; use load_decoder(source), decoder.load_weights(...) "
+                "or, to run on noise, decoder.init_random()"
+            )
+        if not isinstance(latents, mx.array):
+            raise ValueError(f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts")
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have shape (B, {channels}, F, H, W), got {latents.shape}")
+        if 0 in latents.shape:
+            raise ValueError(f"latents must have no empty axis, got {latents.shape}")
+        if latents.dtype not in FLOATS:
+            raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
+        if self.config.spatial_padding_mode == "reflect" and min(latents.shape[3:]) < 2:
+            raise ValueError(
+                f"a decoder that pads by reflection needs latents at least 2 high and wide, got {latents.shape}"
+            )

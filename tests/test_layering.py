@@ -1,0 +1,91 @@
+"""Imports point one way: to a lower layer, or within the same sub-package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "mlx_vae_tiling"
+ROOT = Path(__file__).parent.parent / PACKAGE
+LAYERS = {
+    "tiling": 0,
+    "media": 0,
+    "demo": 0,
+    "vae": 1,
+    "hub": 1,
+    "runtime": 2,
+    "cli": 3,
+    "__main__": 4,
+    "__init__": 5,
+}
+MODULES = sorted(ROOT.rglob("*.py"))
+# What importing the package may not pull in: optional, or slow to load.
+FORBIDDEN = ("av", "matplotlib", "torch", "tqdm", "huggingface_hub")
+
+
+def part_of(module: str) -> str:
+    """Sub-package or top-level module that a dotted name inside the package belongs to."""
+    return [*module.split("."), "__init__"][1]
+
+
+def dotted_name(path: Path) -> str:
+    return ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts))
+
+
+def imported_modules(source: str, module: str) -> set[str]:
+    """Dotted names inside the package that a module imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            inside = [alias.name for alias in node.names if origin == PACKAGE and alias.name != "__version__"]
+            names.update(f"{PACKAGE}.{name}" if name in LAYERS else PACKAGE for name in inside)
+            names.update([origin] if origin != PACKAGE else [])
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+def arrows_back(source: str, module: str) -> list[str]:
+    here = part_of(module)
+    targets = {part_of(name) for name in imported_modules(source, module)} - {here}
+    return sorted(target for target in targets if LAYERS[target] >= LAYERS[here])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted_name)
+def test_imports_point_down(path):
+    module = dotted_name(path)
+    assert part_of(module) in LAYERS, f"give {part_of(module)} a layer in LAYERS and in the design"
+    assert not arrows_back(path.read_text(), module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "arrows"),
+    [
+        ("tiling.decode", "from mlx_vae_tiling.vae.config import DecoderConfig", ["vae"]),
+        ("tiling.decode", "from mlx_vae_tiling.media import latents", ["media"]),
+        ("tiling.decode", "def f():\n    import mlx_vae_tiling.runtime.plan", ["runtime"]),
+        ("tiling.decode", "from ..vae import config", ["vae"]),
+        ("tiling.decode", "from .. import vae", ["vae"]),
+        ("tiling.decode", "from mlx_vae_tiling import TilingConfig", ["__init__"]),
+        ("tiling.decode", "import mlx_vae_tiling", ["__init__"]),
+        ("hub", "from mlx_vae_tiling.vae import load_decoder", ["vae"]),
+        ("hub", "from . import cli", ["cli"]),
+        ("tiling.decode", "from .masks import compute_trapezoidal_mask_1d", []),
+        ("vae.decoder", "from mlx_vae_tiling.tiling import decode_with_tiling\nimport mlx.core", []),
+        ("runtime.run", "from mlx_vae_tiling import hub, media", []),
+        ("cli", "from mlx_vae_tiling import __version__", []),
+        ("__init__", "from mlx_vae_tiling.cli import main", []),
+    ],
+)
+def test_arrows_are_found(module, source, arrows):
+    assert arrows_back(source, f"{PACKAGE}.{module}") == arrows
+
+
+def test_import_loads_nothing_optional():
+    code = f"import sys, {PACKAGE}; print(*sorted(set(sys.modules) & set({FORBIDDEN!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

@@ -1,0 +1,103 @@
+"""Every form of the 3x3x3 convolution against float64, and which form is the default where."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vae_tiling.vae import convolution
+from mlx_vae_tiling.vae.convolution import FORMS, convolve, default_form
+
+# (batch, frames, height, width, channels in, channels out) of the output. NumPy's form changes its
+# method above 32 channels, and above 4096 positions it takes blocks of rows.
+SHAPES = [
+    (1, 1, 1, 1, 3, 5),
+    (2, 1, 1, 7, 4, 6),
+    (1, 3, 5, 1, 32, 16),
+    (2, 2, 3, 3, 33, 7),
+    (1, 4, 9, 6, 40, 24),
+    (1, 5, 2, 3, 8, 48),
+    (2, 1, 4, 3, 48, 8),
+    (1, 1, 70, 71, 3, 4),
+]
+# The result is rounded once or, where the bias is added to a rounded product, twice.
+TOLERANCES = {mx.float32: 1e-5, mx.float16: 2**-10, mx.bfloat16: 2**-7}
+
+
+def operands(shape, dtype=mx.float32):
+    """Input with its two borders on each axis, kernel and bias, all exact in float64."""
+    b, t, h, w, c, o = shape
+    shapes = ((b, t + 2, h + 2, w + 2, c), (o, 3, 3, 3, c), (o,))
+    keys = mx.random.split(mx.random.key(sum(shape)), 3)
+    return [mx.random.normal(s, key=key).astype(dtype) for s, key in zip(shapes, keys, strict=True)]
+
+
+def oracle(x, weight, bias):
+    x, weight, bias = (np.array(a.astype(mx.float32), dtype=np.float64) for a in (x, weight, bias))
+    taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3))
+    return np.einsum("bthwcijk,oijkc->bthwo", taps, weight, optimize=True) + bias
+
+
+def relative_error(y, expected):
+    return np.abs(np.array(y.astype(mx.float32)) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("workspace_bytes", [convolution.WORKSPACE_BYTES, 2 * 4 * 27 * 40 * 6])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_form_equals_float64(form, dtype, workspace_bytes, monkeypatch):
+    monkeypatch.setattr(convolution, "WORKSPACE_BYTES", workspace_bytes)
+    for shape in SHAPES:
+        x, weight, bias = operands(shape, dtype)
+        y = convolve(x, weight, bias, form)
+        assert (y.dtype, y.shape) == (dtype, (*shape[:4], shape[5]))
+        assert relative_error(y, oracle(x, weight, bias)) <= TOLERANCES[dtype], shape
+
+
+def test_forms_agree():
+    x, weight, bias = operands((1, 5, 8, 6, 36, 12))
+    results = [convolve(x, weight, bias, form) for form in FORMS]
+    assert all(mx.allclose(y, results[0], rtol=0, atol=1e-4) for y in results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_takes_views(form):
+    x, weight, bias = operands((1, 4, 4, 4, 6, 5))
+    view = x[:, 1:5, :, 1:6]
+    expected = oracle(view, weight, bias)
+    assert relative_error(convolve(view, weight, bias, form), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "batches"), [((1, 4, 3, 3, 4, 4), [2]), ((1, 1, 3, 3, 4, 4), [2]), ((2, 4, 3, 3, 4, 4), [2])]
+)
+def test_folded_convolves_a_batch_of_two(shape, batches, monkeypatch):
+    seen, stock = [], mx.conv_general
+    monkeypatch.setattr(mx, "conv_general", lambda x, weight: seen.append(x.shape[0]) or stock(x, weight))
+    mx.eval(convolve(*operands(shape), "folded"))
+    assert seen == batches
+
+
+@pytest.mark.parametrize(
+    ("device", "metal", "system", "dtype", "form"),
+    [
+        (mx.gpu, True, "Darwin", mx.float32, "stock"),
+        (mx.gpu, True, "Darwin", mx.float16, "folded"),
+        (mx.gpu, True, "Darwin", mx.bfloat16, "folded"),
+        (mx.gpu, False, "Linux", mx.bfloat16, "stock"),
+        (mx.cpu, False, "Linux", mx.float32, "numpy"),
+        (mx.cpu, True, "Darwin", mx.float32, "blocked"),
+    ],
+)
+def test_default_form(device, metal, system, dtype, form, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    monkeypatch.setattr("platform.system", lambda: system)
+    assert default_form(dtype) == form
+
+
+def test_numpy_blocks_stay_within_the_workspace(monkeypatch):
+    monkeypatch.setattr(convolution, "WORKSPACE_BYTES", 2 * 4 * 27 * 40 * 6)
+    sizes, matmul = [], np.matmul
+    monkeypatch.setattr(np, "matmul", lambda a, b, out: sizes.append(a.nbytes) or matmul(a, b, out=out))
+    convolve(*operands((1, 1, 7, 6, 40, 8)), "numpy")
+    assert max(sizes) == convolution.WORKSPACE_BYTES and len(sizes) == 4

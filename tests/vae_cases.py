@@ -1,0 +1,206 @@
+"""Decoders of every published version for the tests, small, with random or the reference's weights."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_vae_tiling.vae import layers
+from mlx_vae_tiling.vae.config import DecoderConfig, ResBlocks
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.streaming import Span, Window
+
+VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
+DATA = Path(__file__).parent / "data"
+
+# As published, at full width.
+LTX_2_3 = DecoderConfig.from_original(
+    {
+        "_class_name": "CausalVideoAutoencoder",
+        "decoder_blocks": [
+            ["res_x", {"num_layers": 4}],
+            ["compress_space", {"multiplier": 2}],
+            ["res_x", {"num_layers": 6}],
+            ["compress_time", {"multiplier": 2}],
+            ["res_x", {"num_layers": 4}],
+            ["compress_all", {"multiplier": 1}],
+            ["res_x", {"num_layers": 2}],
+            ["compress_all", {"multiplier": 2}],
+            ["res_x", {"num_layers": 2}],
+        ],
+        "decoder_base_channels": 128,
+        "causal_decoder": False,
+        "timestep_conditioning": False,
+        "spatial_padding_mode": "zeros",
+    }
+)
+
+
+class ReferenceCase(NamedTuple):
+    """Latents and what the reference implementation made of them, every `stride`-th row and column."""
+
+    latents: mx.array
+    output: mx.array
+    stride: int
+    causal: bool
+    timestep: float | None
+    noise_scale: float
+    noise: mx.array | None
+    injected: list[mx.array]
+
+
+class DecoderWithRecordedNoise(VideoDecoder):
+    """Takes the noise of a case instead of drawing it."""
+
+    def use_noise_of(self, case):
+        self._case = case
+
+    def _latent_noise(self, seed, shape):
+        return self._case.noise
+
+    def _noise_field(self, seed):
+        return lambda index, height, width: self._case.injected[index]
+
+
+@lru_cache
+def reference_file(version):
+    return mx.load(str(DATA / f"reference_{version}.safetensors"), return_metadata=True)
+
+
+def reference_config(version):
+    """The published blocks and layers at a small width."""
+    return DecoderConfig.from_original(json.loads(reference_file(version)[1]["config"]))
+
+
+def reference_cases(version):
+    tensors, metadata = reference_file(version)
+    cases = []
+    for index, described in enumerate(json.loads(metadata["cases"])):
+        own = {
+            name.removeprefix(f"case.{index}."): value
+            for name, value in tensors.items()
+            if name.startswith(f"case.{index}.")
+        }
+        injected = [own[f"injected.{i}"] for i in range(sum(name.startswith("injected.") for name in own))]
+        del described["latents"]
+        case = ReferenceCase(
+            own["latents"], own["output"], noise=own.get("noise"), injected=injected, **described
+        )
+        cases.append(case)
+    return cases
+
+
+@lru_cache
+def reference_decoder(version, dtype=mx.float32):
+    """The decoder whose outputs are frozen; its weights are exact in every dtype."""
+    tensors, metadata = reference_file(version)
+    decoder = DecoderWithRecordedNoise(reference_config(version))
+    weights = []
+    for name, value in tensors.items():
+        name = name.removeprefix("decoder.")
+        kind, _, statistic = name.partition("per_channel_statistics.")
+        if kind.startswith("case.") or (statistic and statistic not in ("mean-of-means", "std-of-means")):
+            continue
+        if value.dtype == mx.int8:
+            value = value.astype(mx.float32) * float(metadata["kernel_scale"])
+        if value.ndim == 5:
+            value = value.transpose(0, 2, 3, 4, 1)
+        if name.endswith("conv_shortcut.weight") or "per_channel_scale" in name:
+            value = value.squeeze((1, 2, 3) if value.ndim == 5 else (1, 2))
+        weights.append((name.removesuffix("-of-means"), value.astype(dtype)))
+    decoder.load_weights(weights)
+    return decoder
+
+
+@lru_cache
+def small_decoder(version, spatial_padding_mode=None, base_channels=8):
+    """A version with one residual block where it has several, and random weights."""
+    config = reference_config(version)
+    blocks = tuple(replace(b, num_layers=1) if isinstance(b, ResBlocks) else b for b in config.decoder_blocks)
+    config = replace(
+        config,
+        decoder_blocks=blocks,
+        base_channels=base_channels,
+        spatial_padding_mode=spatial_padding_mode or config.spatial_padding_mode,
+    )
+    return VideoDecoder(config).init_random(seed=1)
+
+
+def random_latents(decoder, batch, frames, height, width, seed=0):
+    shape = (batch, decoder.config.latent_channels, frames, height, width)
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def joined(pieces):
+    return mx.concatenate(list(pieces), axis=2)
+
+
+def relative_error(value, expected):
+    """Greatest difference over the range of what is expected; NaN where shapes or values are no numbers."""
+    if value.shape != expected.shape:
+        return float("nan")
+    value, expected = value.astype(mx.float32), expected.astype(mx.float32)
+    return (mx.abs(value - expected).max() / (expected.max() - expected.min())).item()
+
+
+class Convolution(NamedTuple):
+    """One call: the number of its kernel in decode order, the shape of its output, multiplications and additions."""
+
+    layer: int
+    shape: tuple[int, ...]
+    operations: int
+
+
+@contextmanager
+def recorded_convolutions(decoder) -> Iterator[list[Convolution]]:
+    """Records every convolution that runs inside."""
+    kernels = [value for _, value in tree_flatten(decoder.parameters()) if value.ndim == 5]
+    calls: list[Convolution] = []
+    convolve = layers.convolve
+
+    def spy(x, weight, bias, form=None):
+        y = convolve(x, weight, bias, form)
+        layer = next(index for index, kernel in enumerate(kernels) if kernel is weight)
+        calls.append(Convolution(layer, y.shape, 2 * weight[0].size * y.size))
+        return y
+
+    with mock.patch.object(layers, "convolve", spy):
+        yield calls
+
+
+def operations(calls):
+    return sum(call.operations for call in calls)
+
+
+def expected_operations(config, latent_shape, window=None, causal=False):
+    """Multiplications and additions for a window, in closed form from the shrinking halo."""
+    frames, height, width = latent_shape[2:]
+    t, s = config.temporal_scale, config.spatial_scale
+    spans = (window or Window()).region(t * (frames - 1) + 1, s * height, s * width)
+    p = config.patch_size
+    spans = [spans.time, *(Span(x.start // p, -(-x.stop // p), x.size // p) for x in spans[1:])]
+    reaches = [(2, 0) if causal else (1, 1), (1, 1), (1, 1)]
+    total = 0
+    for layer in reversed(list(config.layers())):
+        dropped = [layer.stride[0] - 1, 0, 0]
+        for axis, (factor, first) in enumerate(zip(layer.stride, dropped, strict=True)):
+            start, stop, size = spans[axis]
+            spans[axis] = Span(
+                (start + first) // factor, -(-(stop + first) // factor), (size + first) // factor
+            )
+        volume = 1
+        for start, stop, _ in spans:
+            volume *= stop - start
+        total += latent_shape[0] * volume * 54 * layer.in_channels * layer.out_channels
+        spans = [
+            Span(max(start - before, 0), min(stop + after, size), size)
+            for (start, stop, size), (before, after) in zip(spans, reaches, strict=True)
+        ]
+    return total
