@@ -1,5 +1,13 @@
 """Decode LTX video latents with MLX: exact, streamed, within a memory budget."""
 
+from mlx_vae_tiling.hub import fetch_vae
+from mlx_vae_tiling.media.latents import load_latents
+from mlx_vae_tiling.runtime.arguments import DecodeBatch, DecodingArgs
+from mlx_vae_tiling.runtime.memory import memory_limits
+from mlx_vae_tiling.runtime.plan import DecodePlan, plan_decode
+from mlx_vae_tiling.runtime.run import DecodeReport, decode_frames, decode_to_file
+from mlx_vae_tiling.runtime.stage import DecodingStage
+from mlx_vae_tiling.runtime.verification import VerificationResult
 from mlx_vae_tiling.tiling import (
     DimensionIntervals,
     SpatialTilingConfig,
@@ -13,20 +21,40 @@ from mlx_vae_tiling.tiling import (
     split_in_spatial,
     split_in_temporal,
 )
+from mlx_vae_tiling.vae.checkpoint import load_decoder
+from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.streaming import Window
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodeBatch",
+    "DecodePlan",
+    "DecodeReport",
+    "DecoderConfig",
+    "DecodingArgs",
+    "DecodingStage",
     "DimensionIntervals",
     "SpatialTilingConfig",
     "TemporalTilingConfig",
     "TilingConfig",
+    "VerificationResult",
+    "VideoDecoder",
+    "Window",
     "__version__",
     "compute_trapezoidal_mask_1d",
+    "decode_frames",
+    "decode_to_file",
     "decode_with_tiling",
+    "fetch_vae",
     "iter_decode_with_tiling",
+    "load_decoder",
+    "load_latents",
     "map_spatial_slice",
     "map_temporal_slice",
+    "memory_limits",
+    "plan_decode",
     "split_in_spatial",
     "split_in_temporal",
 ]

@@ -13,12 +13,13 @@ LAYERS = {
     "tiling": 0,
     "media": 0,
     "demo": 0,
-    "vae": 1,
+    # Below vae: load_decoder takes names of repositories, fetching needs nothing of a decoder but its header.
     "hub": 1,
-    "runtime": 2,
-    "cli": 3,
-    "__main__": 4,
-    "__init__": 5,
+    "vae": 2,
+    "runtime": 3,
+    "cli": 4,
+    "__main__": 5,
+    "__init__": 6,
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 # What importing the package may not pull in: optional, or slow to load.

@@ -120,13 +120,16 @@ def reference_decoder(version, dtype=mx.float32):
 
 
 @lru_cache
-def small_decoder(version, spatial_padding_mode=None, base_channels=8):
-    """A version with one residual block where it has several, and random weights."""
+def small_decoder(version, spatial_padding_mode=None, num_layers=1, base_channels=4):
+    """A version with random weights, and one residual block where it has several, or all of them (None)."""
     config = reference_config(version)
-    blocks = tuple(replace(b, num_layers=1) if isinstance(b, ResBlocks) else b for b in config.decoder_blocks)
+    blocks = (
+        replace(block, num_layers=num_layers) if num_layers and isinstance(block, ResBlocks) else block
+        for block in config.decoder_blocks
+    )
     config = replace(
         config,
-        decoder_blocks=blocks,
+        decoder_blocks=tuple(blocks),
         base_channels=base_channels,
         spatial_padding_mode=spatial_padding_mode or config.spatial_padding_mode,
     )
@@ -151,7 +154,7 @@ def relative_error(value, expected):
 
 
 class Convolution(NamedTuple):
-    """One call: the number of its kernel in decode order, the shape of its output, multiplications and additions."""
+    """One call: its kernel by number in decode order, its output's shape, its multiplications and additions."""
 
     layer: int
     shape: tuple[int, ...]

@@ -6,7 +6,7 @@ Video goes through PyAV, with BT.709 tags and a conversion that agrees with them
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 
 Frames = npt.NDArray[Any]
 
-# Fragments reach the disk as they are made, and closing turns the file into a plain one (FFmpeg 7.1).
-_MUXER_OPTIONS = {"movflags": "+hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
+# Fragments reach the disk as they are made; closing turns the file into a plain one (PyAV 14 on).
+# Negative offsets let B-frames start at time 0 without an edit list, which a growing file cannot have.
+_MUXER_OPTIONS = {
+    "movflags": "+hybrid_fragmented+frag_keyframe+negative_cts_offsets",
+    "flush_packets": "1",
+}
 _SECONDS_PER_KEYFRAME = 2
 _BT709, _LIMITED_RANGE = 1, 1
+_TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+# Position 0: chroma lies at even columns, where H.264, HEVC and ProRes players take it to be.
+_SCALE = (
+    "in_range=pc:out_range=tv:out_color_matrix=bt709:out_h_chr_pos=0:"
+    "flags=bicubic+accurate_rnd+full_chroma_inp"
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,9 @@ def save_video(path: str, batches: Iterator[Frames], codec: str, rate: Fraction,
     with av.open(path, "w", options=_MUXER_OPTIONS) as container:
         stream = container.add_stream(encoder.name, rate=rate)
         _configure(stream.codec_context, encoder, pixel_format, first, rate, quality)
+        convert = _converter(first, encoder.size_step, pixel_format)
         for index, pixels in enumerate(frame for batch in chain([first], batches) for frame in batch):
-            frame = _to_yuv(_pad(pixels, encoder.size_step), pixel_format)
+            frame = convert(pixels)
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -154,7 +165,8 @@ def _configure(
     context.framerate, context.time_base = rate, 1 / rate
     context.bit_rate = 0
     context.gop_size = max(1, round(_SECONDS_PER_KEYFRAME * rate))
-    _tag_bt709(context)
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    context.color_range = _LIMITED_RANGE
     if encoder.tag is not None:
         context.codec_tag = encoder.tag
     context.options = {**encoder.options, **_quality_options(encoder.name, quality)}
@@ -176,28 +188,33 @@ def _pad(pixels: Frames, step: tuple[int, int]) -> Frames:
     return np.pad(pixels, ((0, -height % step[0]), (0, -width % step[1]), (0, 0)), mode="edge")
 
 
-def _to_yuv(pixels: Frames, pixel_format: str) -> VideoFrame:
+def _converter(
+    frames: Frames, size_step: tuple[int, int], pixel_format: str
+) -> Callable[[Frames], VideoFrame]:
+    """Return the conversion of frames (H, W, 3) to BT.709 in limited range, padded to the encoder's sizes."""
     import av
 
-    source_format = "rgb24"
-    if pixels.dtype == np.uint16 and pixel_format == "yuv420p":
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif pixels.dtype == np.uint16:
-        # swscale takes 255 * 256, not 65535, for white.
-        pixels = pixels - pixels // 257
-        source_format = "rgb48le"
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source_format)
-    converted = frame.reformat(
-        format=pixel_format,
-        interpolation="BICUBIC",
-        src_color_range="JPEG",
-        dst_color_range="MPEG",
-        dst_colorspace="ITU709",
-    )
-    _tag_bt709(converted)
-    return converted
+    height, width, _ = _pad(frames[0], size_step).shape
+    to_8bit = frames.dtype == np.uint16 and pixel_format == "yuv420p"
+    source_format = "rgb24" if to_8bit or frames.dtype == np.uint8 else "rgb48le"
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_buffer(
+            width=width, height=height, format=av.VideoFormat(source_format), time_base=Fraction(1, 1)
+        ),
+        graph.add("scale", _SCALE),
+        graph.add("format", pixel_format),
+        graph.add("setparams", _TAGS),
+        graph.add("buffersink"),
+    ).configure()
 
+    def convert(pixels: Frames) -> VideoFrame:
+        pixels = _pad(pixels, size_step)
+        if to_8bit:
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        elif source_format == "rgb48le":
+            pixels = pixels - pixels // 257  # swscale takes 255 * 256, not 65535, for white.
+        graph.push(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=source_format))
+        return cast("VideoFrame", graph.pull())
 
-def _tag_bt709(target: VideoCodecContext | VideoFrame) -> None:
-    target.color_primaries = target.color_trc = target.colorspace = _BT709
-    target.color_range = _LIMITED_RANGE
+    return convert

@@ -38,7 +38,9 @@ def parse_bytes(amount: int | float | str) -> int:
             return parse_bytes(float(match[1]) * _UNITS[match[2].upper()])
     elif not isinstance(amount, bool) and 1 <= amount < 2**63:
         return int(amount)
-    raise ValueError(f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {amount!r}")
+    raise ValueError(
+        f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {amount!r}"
+    )
 
 
 def format_bytes(amount: int | float) -> str:

@@ -237,7 +237,9 @@ class DecoderConfig:
     @property
     def parameters(self) -> int:
         """Parameters of the decoder, without the per-channel statistics."""
-        count = sum(27 * layer.in_channels * layer.out_channels + layer.out_channels for layer in self.layers())
+        count = sum(
+            27 * layer.in_channels * layer.out_channels + layer.out_channels for layer in self.layers()
+        )
         for block, width in self.blocks():
             if isinstance(block, ResBlockNarrowing):
                 narrow = width // block.multiplier
@@ -298,7 +300,9 @@ def _parse_block(name: str, options: int | Mapping[str, Any]) -> Block:
         return ResBlockNarrowing(int(given.get("multiplier", 2)))
     if name in STRIDES:
         return Upsample(STRIDES[name], int(given.get("multiplier", 1)), bool(given.get("residual", False)))
-    raise ValueError(f"decoder block {name!r} is not supported; supported are res_x, res_x_y, {', '.join(STRIDES)}")
+    raise ValueError(
+        f"decoder block {name!r} is not supported; supported are res_x, res_x_y, {', '.join(STRIDES)}"
+    )
 
 
 _DIFFUSERS_LTX: dict[str, Any] = {
@@ -375,7 +379,9 @@ def _infer_config(
 ) -> DecoderConfig:
     def channels(name: str) -> tuple[int, int]:
         if name not in shapes or len(shapes[name]) != 5:
-            raise ValueError(f"an LTX decoder needs a kernel of rank 5 named {name!r}, got {shapes.get(name)}")
+            raise ValueError(
+                f"an LTX decoder needs a kernel of rank 5 named {name!r}, got {shapes.get(name)}"
+            )
         out, second, *_, last = shapes[name]
         return out, (second if last in (1, 3) and second != last else last)
 
@@ -385,7 +391,9 @@ def _infer_config(
     width = base_channels
     for index in reversed(indices):
         prefix = f"up_blocks.{index}."
-        members = {m[1] for name in shapes if (m := re.match(re.escape(prefix) + r"res_blocks\.(\d+)\.", name))}
+        members = {
+            m[1] for name in shapes if (m := re.match(re.escape(prefix) + r"res_blocks\.(\d+)\.", name))
+        }
         if members:
             blocks.append(ResBlocks(len(members), f"{prefix}res_blocks.0.per_channel_scale1" in shapes))
         elif f"{prefix}conv1.conv.weight" in shapes:

@@ -87,7 +87,7 @@ def _numpy(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
     x32, weight32, bias32 = (mx.contiguous(a.astype(mx.float32)) for a in (x, weight, bias))
     mx.eval(out, x32, weight32, bias32)
-    multiply = _multiply_shifts if c <= 32 else _multiply_columns
+    multiply = _multiply_shifts if max(c, len(weight)) <= 32 else _multiply_columns
     multiply(*(np.array(a, copy=False) for a in (x32, weight32, bias32, out)))
     return out.astype(x.dtype)
 
@@ -96,7 +96,9 @@ def _multiply_columns(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: 
     """im2col for blocks of rows."""
     b, t, h, w, c = x.shape
     matrix = weight.reshape(len(weight), -1).T
-    taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3)).transpose(0, 1, 2, 3, 5, 6, 7, 4)
+    taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3)).transpose(
+        0, 1, 2, 3, 5, 6, 7, 4
+    )
     rows = max(1, WORKSPACE_BYTES // (4 * 27 * c * (w - 2)))
     for n, f in np.ndindex(b, t - 2):
         for start in range(0, h - 2, rows):

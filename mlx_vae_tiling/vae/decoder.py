@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae_tiling.tiling import TilingConfig, decode_with_tiling
+from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.config import DecoderConfig, ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.layers import (
@@ -24,7 +24,7 @@ from mlx_vae_tiling.vae.layers import (
     modulations,
     unpatchify,
 )
-from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Region, Span, Window
+from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Pace, Region, Window
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -123,28 +123,93 @@ class VideoDecoder(nn.Module):
         Raises:
             ValueError: If the latents or the timestep do not fit the decoder.
         """
-        step = max(latents.shape[2], 1) if latents.ndim == 5 else 1
-        pieces = list(self.stream(latents, latent_frames_per_step=step, causal=causal, timestep=timestep))
+        self._check(latents)
+        options = {"causal": causal, "timestep": timestep}
+        pieces = list(self.stream(latents, latent_frames_per_step=latents.shape[2], **options))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
     def decode_tiled(
         self, latents: mx.array, tiling_config: TilingConfig | None = None, **options: Any
     ) -> mx.array:
-        """Decodes by blended tiles: `decode_with_tiling` with this decoder and its scales.
+        """Decodes by blended tiles to a whole video: the pieces of `stream_tiled`, joined.
 
         Args:
-            latents: (B, C, F, H, W), normalised.
+            latents: (B, C, F, H, W).
             tiling_config: Tiles and overlaps; None decodes whole.
-            **options: Further arguments of `decode_with_tiling`.
+            **options: As `stream_tiled`.
         """
-        return decode_with_tiling(
-            self,
-            latents,
-            tiling_config,
-            spatial_scale=self.config.spatial_scale,
-            temporal_scale=self.config.temporal_scale,
-            **options,
-        )
+        return mx.concatenate(list(self.stream_tiled(latents, tiling_config, **options)), axis=2)
+
+    def stream_tiled(
+        self,
+        latents: mx.array,
+        tiling_config: TilingConfig | None = None,
+        *,
+        causal: bool | None = None,
+        timestep: Any = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+        debug: bool = False,
+    ) -> Iterator[mx.array]:
+        """Decodes by blended tiles, which see one noise field.
+
+        Args:
+            latents: (B, C, F, H, W).
+            tiling_config: Tiles and overlaps; None decodes whole.
+            causal, timestep, noise_scale, seed, normalized: As `stream`.
+            debug: Reports tiles through `logging`.
+
+        Returns:
+            An iterator of finished frames (B, 3, f, H, W) in the latents' dtype.
+        """
+        self._check(latents)
+        prepared = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
+
+        def decode(tile: mx.array) -> mx.array:
+            step = tile.shape[2]
+            options: dict[str, Any] = {"causal": causal, "timestep": timestep, "seed": seed}
+            pieces = self.stream(
+                tile, latent_frames_per_step=step, noise_scale=0.0, normalized=False, **options
+            )
+            return next(pieces)
+
+        scales = self.config.spatial_scale, self.config.temporal_scale
+        pieces = iter_decode_with_tiling(decode, prepared, tiling_config, *scales, debug=debug)
+        return (piece.astype(latents.dtype) for piece in pieces)
+
+    def prepare_latents(
+        self,
+        latents: mx.array,
+        *,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+    ) -> mx.array:
+        """Mixes in the decode noise, where the version has it, and un-normalises.
+
+        Args:
+            latents: (B, C, F, H, W).
+            noise_scale, seed, normalized: As `stream`.
+
+        Returns:
+            Latents in float32 that decode with `normalized=False` and `noise_scale=0`.
+
+        Raises:
+            ValueError: If noise_scale does not lie between 0 and 1.
+        """
+        scale = self.decode_noise_scale if noise_scale is None else noise_scale
+        if not 0 <= scale <= 1:
+            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
+        shape = (1, -1, 1, 1, 1)
+        statistics = self.per_channel_statistics
+        mean, std = (a.astype(mx.float32).reshape(shape) for a in (statistics.mean, statistics.std))
+        z = latents.astype(mx.float32)
+        if scale and self.config.timestep_conditioning:
+            z = z if normalized else (z - mean) / std
+            noise = self._latent_noise(seed, z.shape)
+            return (1 - scale) * z * std + scale * noise * std + mean
+        return z * std + mean if normalized else z
 
     def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
         """(B, 3, frames, height, width) of the decode of latents of this shape."""
@@ -164,6 +229,7 @@ class VideoDecoder(nn.Module):
         seed: int = 0,
         normalized: bool = True,
         max_chunk_frames: int | None = None,
+        pace: Pace | None = None,
     ) -> Iterator[mx.array]:
         """Decodes piece by piece; the concatenation along time is exactly the whole decode.
 
@@ -181,6 +247,7 @@ class VideoDecoder(nn.Module):
             normalized: False for latents that were already multiplied by the channels' standard
                 deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
             max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+            pace: Both of these in one, which may be changed while the stream runs.
 
         Returns:
             An iterator of (B, 3, f, h, w) in the latents' dtype.
@@ -189,30 +256,20 @@ class VideoDecoder(nn.Module):
             ValueError: If latents, window or options do not fit the decoder.
         """
         self._check(latents)
-        if latent_frames_per_step < 1 or (max_chunk_frames is not None and max_chunk_frames < 1):
-            raise ValueError(
-                "latent_frames_per_step and max_chunk_frames must be at least 1, "
-                f"got {latent_frames_per_step} and {max_chunk_frames}"
-            )
+        pace = pace or Pace(latent_frames_per_step, max_chunk_frames)
         b, _, *size = self.output_shape(latents.shape)
         pixels = (window or Window()).region(*size)
-        scale = self.decode_noise_scale if noise_scale is None else noise_scale
-        if not self.config.timestep_conditioning:
-            timestep, scale = None, 0.0
-        elif not 0 <= scale <= 1:
-            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
-        else:
+        if self.config.timestep_conditioning:
             timestep = self._scaled_timestep(self.decode_timestep if timestep is None else timestep, b)
         setting = Setting(
             reach=CAUSAL if (self.config.causal if causal is None else causal) else CENTRED,
             padding=self.config.spatial_padding_mode,
             form=self.convolution_form,
-            timestep=timestep,
+            timestep=timestep if self.config.timestep_conditioning else None,
             noise=self._noise_field(seed),
         )
-        noise = self._latent_noise(seed, latents.shape) if scale else None
-        prepare = partial(self._prepare, latents, noise, scale, normalized)
-        return self._pieces(prepare, pixels, latent_frames_per_step, max_chunk_frames, setting, latents.dtype)
+        prepared = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
+        return self._pieces(prepared, pixels, pace, setting, latents.dtype)
 
     def regions(self, pixels: Region, causal: bool | None = None) -> list[Region]:
         """The latents that a region of the output needs, then what each layer makes of them."""
@@ -228,30 +285,29 @@ class VideoDecoder(nn.Module):
         return [self.conv_in, *self.up_blocks, self.conv_out]
 
     def _pieces(
-        self,
-        prepare: Any,
-        pixels: Region,
-        step: int,
-        max_chunk_frames: int | None,
-        setting: Setting,
-        dtype: mx.Dtype,
+        self, prepared: mx.array, pixels: Region, pace: Pace, setting: Setting, dtype: mx.Dtype
     ) -> Iterator[mx.array]:
-        layers = self._layers()
         source, *regions = self.regions(pixels, setting.reach == CAUSAL)
-        cap = max_chunk_frames or math.inf
-        chunks = (
-            prepare(source, start, min(start + step, source.time.stop))
-            for start in range(source.time.start, source.time.stop, step)
-        )
+        chunks = self._latent_chunks(prepared, source, pace)
         options: dict[str, Any] = {}
-        limit = step
-        for layer, region in zip(layers, regions, strict=True):
+        scale = 1
+        for layer, region in zip(self._layers(), regions, strict=True):
             if layer is self.conv_out:
                 options["before"] = partial(activate, modulation=self._last_modulation(setting))
-            chunks = layer.stream(chunks, region, int(min(limit, cap)), setting, **options)
+            chunks = layer.stream(chunks, region, partial(pace.limit, scale), setting, **options)
             if isinstance(layer, DepthToSpaceUpsample):
-                limit *= layer.stride[0]
+                scale *= layer.stride[0]
         return self._finish(chunks, regions[-1], pixels, dtype)
+
+    def _latent_chunks(self, prepared: mx.array, source: Region, pace: Pace) -> Iterator[mx.array]:
+        """The latents of a region, channels-last."""
+        rows, columns = (slice(span.start, span.stop) for span in (source.height, source.width))
+        start = source.time.start
+        while start < source.time.stop:
+            stop = min(start + pace.latent_frames, source.time.stop)
+            chunk = prepared[:, :, start:stop, rows, columns].transpose(0, 2, 3, 4, 1)
+            start = stop
+            yield chunk.astype(self.dtype)
 
     def _finish(
         self, chunks: Iterator[mx.array], patches: Region, pixels: Region, dtype: mx.Dtype
@@ -271,32 +327,6 @@ class VideoDecoder(nn.Module):
                 yield waiting.pop(0)
         yield from waiting
 
-    def _prepare(
-        self,
-        latents: mx.array,
-        noise: mx.array | None,
-        scale: float,
-        normalized: bool,
-        source: Region,
-        start: int,
-        stop: int,
-    ) -> mx.array:
-        """Latents start to stop - 1 of the source region as channels-last input of `conv_in`."""
-        box = (
-            slice(None),
-            slice(None),
-            slice(start, stop),
-            slice(source.height.start, source.height.stop),
-            slice(source.width.start, source.width.stop),
-        )
-        mean, std = self.per_channel_statistics.mean, self.per_channel_statistics.std
-        mean, std = mean.astype(mx.float32), std.astype(mx.float32)
-        z = latents[box].astype(mx.float32).transpose(0, 2, 3, 4, 1)
-        if noise is not None:
-            z = z if normalized else (z - mean) / std
-            z = (1 - scale) * z + scale * noise[box].transpose(0, 2, 3, 4, 1)
-        return (z * std + mean if normalized or noise is not None else z).astype(self.dtype)
-
     def _latent_noise(self, seed: int, shape: tuple[int, ...]) -> mx.array:
         return mx.random.normal(shape, key=mx.random.split(mx.random.key(seed))[0])
 
@@ -307,7 +337,9 @@ class VideoDecoder(nn.Module):
     def _scaled_timestep(self, timestep: Any, batch: int) -> mx.array:
         given = mx.array(timestep, mx.float32).reshape(-1)
         if given.size not in (1, batch):
-            raise ValueError(f"timestep must be one number or one per batch entry ({batch}), got {given.size}")
+            raise ValueError(
+                f"timestep must be one number or one per batch entry ({batch}), got {given.size}"
+            )
         return mx.broadcast_to(given * self.timestep_scale_multiplier.astype(mx.float32), (batch,))
 
     def _last_modulation(self, setting: Setting) -> tuple[mx.array, mx.array] | None:
@@ -323,7 +355,9 @@ class VideoDecoder(nn.Module):
                 "or, to run on noise, decoder.init_random()"
             )
         if not isinstance(latents, mx.array):
-            raise ValueError(f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts")
+            raise ValueError(
+                f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts"
+            )
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[1] != channels:
             raise ValueError(f"latents must have shape (B, {channels}, F, H, W), got {latents.shape}")

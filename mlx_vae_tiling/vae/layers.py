@@ -2,7 +2,7 @@
 
 Every layer that convolves has `source(region)`, the region of its input that a region of its
 output needs, and `stream(chunks, region, limit, setting)`, a generator that turns chunks of that
-input into chunks of at most `limit` frames (times its own stride) of that output.
+input into chunks of at most `limit()` frames (times its own stride) of that output.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
 from mlx_vae_tiling.vae.streaming import FrameQueue, Reach, Region
 
 Chunks = Iterator[mx.array]
+Limit = Callable[[], int]
 
 PIXEL_NORM_EPS = 1e-8
 
@@ -58,16 +59,16 @@ def activate(x: mx.array, modulation: tuple[mx.array, mx.array] | None) -> mx.ar
 
 def pad_spatially(x: mx.array, source: Region, output: Region, padding: PaddingMode) -> mx.array:
     """Adds the rows and columns that a convolution needs around `output` and `source` lacks."""
-    for axis, inner, wanted in ((2, source.height, output.height), (3, source.width, output.width)):
-        before, after = inner.start - wanted.start + 1, wanted.stop + 1 - inner.stop
-        if not before and not after:
-            continue
-        if padding == "zeros":
-            x = mx.pad(x, [(before, after) if a == axis else (0, 0) for a in range(5)])
-            continue
-        size = x.shape[axis]
-        first, last = ([mx.take(x, mx.array([i]), axis=axis)] for i in (1, size - 2))
-        x = mx.concatenate(first * before + [x] + last * after, axis=axis)
+    rows, columns = (
+        (inner.start - wanted.start + 1, wanted.stop + 1 - inner.stop)
+        for inner, wanted in ((source.height, output.height), (source.width, output.width))
+    )
+    if padding == "zeros":
+        return mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
+    for axis, (before, after) in ((2, rows), (3, columns)):
+        # Not mx.pad's own reflection, which wraps silently where an axis is too short.
+        second, last_but_one = (mx.take(x, mx.array([i]), axis=axis) for i in (1, x.shape[axis] - 2))
+        x = mx.concatenate([second] * before + [x] + [last_but_one] * after, axis=axis)
     return x
 
 
@@ -120,7 +121,7 @@ class ConvolutionLayer(Conv3d):
         self,
         chunks: Chunks,
         region: Region,
-        limit: int,
+        limit: Limit,
         setting: Setting,
         before: Callable[[mx.array], mx.array] | None = None,
     ) -> Chunks:
@@ -214,7 +215,12 @@ class ResnetBlock3D(nn.Module):
         return region.before_convolution(reach).before_convolution(reach)
 
     def stream(
-        self, chunks: Chunks, region: Region, limit: int, setting: Setting, embedding: mx.array | None = None
+        self,
+        chunks: Chunks,
+        region: Region,
+        limit: Limit,
+        setting: Setting,
+        embedding: mx.array | None = None,
     ) -> Chunks:
         middle = region.before_convolution(setting.reach)
         source = middle.before_convolution(setting.reach)
@@ -265,14 +271,16 @@ class UNetMidBlock3D(nn.Module):
         if timestep_conditioning:
             self.time_embedder = TimestepEmbedding(4 * channels)
         fields = [first_noise_field + 2 * i if block.inject_noise else None for i in range(block.num_layers)]
-        self.res_blocks = [ResnetBlock3D(channels, channels, timestep_conditioning, field) for field in fields]
+        self.res_blocks = [
+            ResnetBlock3D(channels, channels, timestep_conditioning, field) for field in fields
+        ]
 
     def source(self, region: Region, reach: Reach) -> Region:
         for block in self.res_blocks:
             region = block.source(region, reach)
         return region
 
-    def stream(self, chunks: Chunks, region: Region, limit: int, setting: Setting) -> Chunks:
+    def stream(self, chunks: Chunks, region: Region, limit: Limit, setting: Setting) -> Chunks:
         embedding = self.time_embedder(setting.timestep) if "time_embedder" in self else None
         regions = [region]
         for _ in self.res_blocks[1:]:
@@ -298,7 +306,7 @@ class DepthToSpaceUpsample(nn.Module):
     def source(self, region: Region, reach: Reach) -> Region:
         return region.before_upsampling(self.stride).before_convolution(reach)
 
-    def stream(self, chunks: Chunks, region: Region, limit: int, setting: Setting) -> Chunks:
+    def stream(self, chunks: Chunks, region: Region, limit: Limit, setting: Setting) -> Chunks:
         coarse = region.before_upsampling(self.stride)
         source = coarse.before_convolution(setting.reach)
         queue = FrameQueue(source.time, coarse.time, setting.reach, limit)

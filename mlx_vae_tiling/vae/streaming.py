@@ -7,6 +7,7 @@ receive; nothing else has to be said about borders, first frames or last frames.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +72,36 @@ class Region(NamedTuple):
         return self.time.length * self.height.length * self.width.length
 
 
+@dataclass
+class Pace:
+    """How much a stream takes in at a time; may be changed while the stream runs.
+
+    Args:
+        latent_frames: Latent frames per step.
+        max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+    """
+
+    latent_frames: int = 1
+    max_chunk_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("latent_frames", "max_chunk_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def limit(self, scale: int) -> int:
+        """Most frames of a chunk at a level of this many frames per latent frame."""
+        return min(self.latent_frames * scale, self.max_chunk_frames or self.latent_frames * scale)
+
+    def halve(self, scale: int) -> None:
+        """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
+        if self.latent_frames > 1:
+            self.latent_frames = (self.latent_frames + 1) // 2
+        else:
+            self.max_chunk_frames = max(1, (self.max_chunk_frames or scale) // 2)
+
+
 @dataclass(frozen=True)
 class Window:
     """A part of the output: slices of frames and pixels, with any values inside it.
@@ -121,13 +152,13 @@ class FrameQueue:
         source: Frames that will be appended, in order.
         output: Frames that the layer computes from them.
         reach: Frames before and after its own that one output frame sees.
-        limit: Most output frames handed out at a time.
+        limit: Gives the most output frames that may be handed out at a time.
 
     Attributes:
         next: First output frame that was not handed out.
     """
 
-    def __init__(self, source: Span, output: Span, reach: Reach, limit: int):
+    def __init__(self, source: Span, output: Span, reach: Reach, limit: Callable[[], int]):
         self._source, self._output, self._reach, self._limit = source, output, reach, limit
         self._frames: mx.array | None = None
         self._start = source.start
@@ -143,7 +174,7 @@ class FrameQueue:
             return None
         received = self._start + self._frames.shape[1]
         known = self._output.stop if received == self._source.stop else received - self._reach[1]
-        start, stop = self.next, min(known, self._output.stop, self.next + self._limit)
+        start, stop = self.next, min(known, self._output.stop, self.next + self._limit())
         if stop <= start:
             return None
         self.next = stop

@@ -1,0 +1,208 @@
+"""Decoded frames on disk, with a journal of how far each part of a decode has come."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_vae_tiling.runtime.plan import DecodePlan, Part
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.streaming import Window
+
+Frames = np.ndarray[Any, np.dtype[Any]]
+
+
+class FrameStore:
+    """Frames (F, H, W, 3) in one flat file, and `journal.json` beside it.
+
+    The journal is replaced only after the frames it counts are written, so that after a kill at any
+    moment it never claims too much.
+
+    Args:
+        folder: Where the two files are.
+        parts: What is decoded one after the other.
+        done: Finished frames of each part.
+        shape: (F, H, W, 3).
+        dtype: uint8 or uint16.
+        fingerprint: What the frames depend on, by name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: tuple[Part, ...],
+        done: list[int],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        fingerprint: dict[str, str],
+    ):
+        self.folder, self.parts, self.done = folder, parts, done
+        self._shape, self._dtype, self._fingerprint = shape, dtype, fingerprint
+        first = parts[0].window
+        assert first.frames and first.height and first.width
+        self._origin = first.frames.start, first.height.start, first.width.start
+        self._file = os.open(folder / "frames", os.O_RDWR | os.O_CREAT, 0o644)
+
+    @classmethod
+    def create(
+        cls, folder: Path, plan: DecodePlan, dtype: np.dtype[Any], fingerprint: dict[str, str]
+    ) -> FrameStore:
+        """Starts a store.
+
+        Raises:
+            OSError: If the disk has no room for the frames.
+        """
+        shape = (plan.frames, *plan.size, 3)
+        needed = int(np.prod(shape)) * dtype.itemsize
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"the decoded frames need {needed} bytes, the disk has {free} free", str(folder)
+            )
+        folder.mkdir()
+        store = cls(folder, plan.parts, [0] * len(plan.parts), shape, dtype, fingerprint)
+        store._write_journal()
+        return store
+
+    @classmethod
+    def reopen(
+        cls, folder: Path, plan: DecodePlan, dtype: np.dtype[Any], fingerprint: dict[str, str]
+    ) -> FrameStore:
+        """Continues a store, with the parts it was begun with.
+
+        Raises:
+            ValueError: If the journal cannot be read or tells of another decode.
+        """
+        journal = folder / "journal.json"
+        try:
+            told = json.loads(journal.read_text())
+            parts = tuple(_read_part(part) for part in told["parts"])
+            done, shape = [int(n) for n in told["done"]], tuple(told["shape"])
+            begun = dict(told["fingerprint"])
+            size = (folder / "frames").stat().st_size
+            frame_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            if len(done) != len(parts) or size < (min(done) - 1) * frame_bytes:
+                raise ValueError(f"{size} bytes of frames for {done} finished ones")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{journal} cannot be read ({error}); delete {folder} to decode from the beginning"
+            ) from error
+        changed = sorted(name for name in fingerprint | begun if begun.get(name) != fingerprint.get(name))
+        if changed or shape != (plan.frames, *plan.size, 3):
+            raise ValueError(
+                f"a decode can only be resumed with what it was begun with, but {', '.join(changed) or 'size'} "
+                f"differs from {journal}; delete {folder} to decode from the beginning"
+            )
+        return cls(folder, parts, done, shape, dtype, fingerprint)
+
+    def append(self, part: int, frames: Frames) -> None:
+        """Adds finished frames (f, h, w, 3) of a part."""
+        window = self.parts[part].window
+        assert window.height and window.width
+        top, left = window.height.start - self._origin[1], window.width.start - self._origin[2]
+        _, height, width, _ = self._shape
+        pixel = 3 * self._dtype.itemsize
+        for index, frame in enumerate(np.ascontiguousarray(frames), self.done[part]):
+            start = ((index * height + top) * width + left) * pixel
+            runs = [frame] if frame.shape[1] == width else frame
+            for row, run in enumerate(runs):
+                _write_all(self._file, run, start + row * width * pixel)
+        self.done[part] += len(frames)
+        self._write_journal()
+
+    def read(self, start: int, stop: int) -> Frames:
+        """Frames start to stop - 1, which all parts must have finished."""
+        count = int(np.prod(self._shape[1:]))
+        data = os.pread(self._file, (stop - start) * count * self._dtype.itemsize, start * count * self._dtype.itemsize)
+        return np.frombuffer(data, self._dtype).reshape(stop - start, *self._shape[1:])
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _write_journal(self) -> None:
+        os.fsync(self._file)
+        journal = {
+            "fingerprint": self._fingerprint,
+            "shape": self._shape,
+            "parts": [_write_part(part) for part in self.parts],
+            "done": self.done,
+        }
+        fresh = self.folder / "journal.json.new"
+        fresh.write_text(json.dumps(journal, indent=1))
+        os.replace(fresh, self.folder / "journal.json")
+
+
+def fingerprint_of(decoder: VideoDecoder, latents: mx.array, **settings: object) -> dict[str, str]:
+    """Hashes of what decides the frames of a decode, by name."""
+    weights = hashlib.sha256()
+    for name, value in sorted(dict(tree_flatten(decoder.parameters())).items()):
+        weights.update(name.encode())
+        weights.update(memoryview(np.array(value.reshape(-1).view(mx.uint8))))
+    defaults = {"timestep": decoder.decode_timestep, "noise_scale": decoder.decode_noise_scale}
+    settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
+    return {
+        "latents": hashlib.sha256(np.array(mx.contiguous(latents).reshape(-1).view(mx.uint8))).hexdigest(),
+        "latent dtype": str(latents.dtype),
+        "weights": weights.hexdigest(),
+        "config": repr(decoder.config),
+        **{name: repr(value) for name, value in settings.items()},
+    }
+
+
+def _write_all(file: int, data: Frames, offset: int) -> None:
+    view = memoryview(np.ascontiguousarray(data)).cast("B")
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _write_part(part: Part) -> list[list[int] | None]:
+    window = part.window
+    slices = (window.frames, window.height, window.width, *(part.latents or (None, None)))
+    return [None if s is None else [s.start, s.stop] for s in slices]
+
+
+def _read_part(bounds: list[list[int] | None]) -> Part:
+    frames, height, width, rows, columns = (None if b is None else slice(*b) for b in bounds)
+    return Part(Window(frames, height, width), None if rows is None or columns is None else (rows, columns))
+
+
+@contextlib.contextmanager
+def open_store(
+    folder: Path,
+    plan: DecodePlan,
+    dtype: np.dtype[Any],
+    fingerprint: dict[str, str],
+    resume: bool,
+) -> Any:
+    """The store of a decode: continued, or new. It is removed unless an exception leaves.
+
+    Raises:
+        FileExistsError: If there is one already and it is not to be resumed.
+    """
+    if folder.exists() and not resume:
+        raise FileExistsError(
+            errno.EEXIST,
+            "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
+            str(folder),
+        )
+    make = FrameStore.reopen if folder.exists() else FrameStore.create
+    store = make(folder, plan, dtype, fingerprint)
+    try:
+        yield store
+    finally:
+        store.close()
+    store.remove()
