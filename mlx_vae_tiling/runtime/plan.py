@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_vae_tiling.runtime.memory import available_bytes, format_bytes, memory_budget
+from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import plan_tiles
+from mlx_vae_tiling.vae.backend import Backend, current_backend
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Reach, Region, Span, Window
-
-Backend = Literal["cpu", "metal", "cuda"]
 
 ARRAY_ELEMENTS = 2**31
 """Kernels index with 32 bits; past it they fail without a word."""
@@ -122,13 +121,6 @@ class DecodePlan:
             "runs in": f"{self.dtype} on {self.backend}",
         }
         return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
-
-
-def current_backend() -> Backend:
-    """The backend of the default device."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def plan_decode(

@@ -13,6 +13,8 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.backend import current_backend
+
 ConvolutionForm = Literal["stock", "folded", "blocked", "numpy"]
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -26,8 +28,9 @@ def default_form(dtype: mx.Dtype) -> ConvolutionForm:
     stock path selects keep their intermediates in half precision. The CPU wheel for Linux is
     linked to a reference BLAS, NumPy's to a fast one.
     """
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return "folded" if mx.metal.is_available() and dtype != mx.float32 else "stock"
+    backend = current_backend()
+    if backend != "cpu":
+        return "folded" if backend == "metal" and dtype != mx.float32 else "stock"
     return "numpy" if platform.system() == "Linux" else "blocked"
 
 

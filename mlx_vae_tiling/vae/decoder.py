@@ -9,9 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
-from mlx_vae_tiling.vae.config import DecoderConfig, ResBlockNarrowing, ResBlocks
+from mlx_vae_tiling.vae.backend import current_backend
+from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
+from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.layers import (
     ConvolutionLayer,
@@ -20,10 +23,9 @@ from mlx_vae_tiling.vae.layers import (
     Setting,
     TimestepEmbedding,
     UNetMidBlock3D,
-    activate,
     modulations,
-    unpatchify,
 )
+from mlx_vae_tiling.vae.operations import activate, unpatchify
 from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Pace, Region, Window
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -98,7 +100,7 @@ class VideoDecoder(nn.Module):
         """
         key = mx.random.key(seed)
         weights = []
-        for name, value in nn.utils.tree_flatten(self.parameters()):
+        for name, value in dict(tree_flatten(self.parameters())).items():
             key, own = mx.random.split(key)
             fan_in = value.size // value.shape[0] if value.ndim > 1 else 100
             weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) / math.sqrt(fan_in)))
@@ -124,8 +126,8 @@ class VideoDecoder(nn.Module):
             ValueError: If the latents or the timestep do not fit the decoder.
         """
         self._check(latents)
-        options = {"causal": causal, "timestep": timestep}
-        pieces = list(self.stream(latents, latent_frames_per_step=latents.shape[2], **options))
+        step = latents.shape[2]
+        pieces = list(self.stream(latents, latent_frames_per_step=step, causal=causal, timestep=timestep))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
 
     def decode_tiled(
@@ -317,7 +319,7 @@ class VideoDecoder(nn.Module):
         top, left = patches.height.start * p, patches.width.start * p
         rows = slice(pixels.height.start - top, pixels.height.stop - top)
         columns = slice(pixels.width.start - left, pixels.width.stop - left)
-        ahead = mx.default_device().type == mx.DeviceType.gpu
+        ahead = current_backend() != "cpu"
         waiting: list[mx.array] = []
         for chunk in chunks:
             waiting.append(unpatchify(chunk, p)[..., rows, columns].astype(dtype))
@@ -367,5 +369,5 @@ class VideoDecoder(nn.Module):
             raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
         if self.config.spatial_padding_mode == "reflect" and min(latents.shape[3:]) < 2:
             raise ValueError(
-                f"a decoder that pads by reflection needs latents at least 2 high and wide, got {latents.shape}"
+                f"a decoder that pads by reflection needs latents 2 high and 2 wide, got {latents.shape}"
             )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vae_tiling.media.decoder_files import CONFIG_FILES
-from mlx_vae_tiling.vae.config import STRIDES, Block, DecoderConfig, ResBlockNarrowing, ResBlocks, Upsample
+from mlx_vae_tiling.vae.blocks import STRIDES, Block, ResBlockNarrowing, ResBlocks, Upsample
+from mlx_vae_tiling.vae.config import DecoderConfig
 
 Config = DecoderConfig | Mapping[str, Any] | str
 
