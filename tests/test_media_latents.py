@@ -130,10 +130,18 @@ def test_half_precision_stays(tmp_path, name, dtype):
     elif name.endswith(".npz"):
         mx.savez(path, latents=half)
     else:
-        mx.save_safetensors(path, {"padding": mx.zeros((3,)), "latents": half})
+        mx.save_safetensors(path, {"latents": half})
     latents = load_latents(path)
     assert latents.dtype == dtype
     assert mx.array_equal(latents, half).item()
+
+
+def test_each_bfloat16_tensor_is_read_from_its_own_place(tmp_path):
+    half = mx.array(VIDEO).astype(mx.bfloat16)
+    tensors = {name: half + i for i, name in enumerate("abc")}
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), tensors)
+    for name, tensor in tensors.items():
+        assert mx.array_equal(load_latents(tmp_path / "a.safetensors", key=name), tensor).item()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "mlx.core.bfloat16"])

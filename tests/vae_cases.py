@@ -154,7 +154,7 @@ def relative_error(value, expected):
 
 
 class Convolution(NamedTuple):
-    """One call: its kernel by number in decode order, its output's shape, its multiplications and additions."""
+    """A call: its kernel's number in decode order, its output's shape, its multiplications and additions."""
 
     layer: int
     shape: tuple[int, ...]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Frames = npt.NDArray[Any]
 
-# Fragments reach the disk as they are made; closing turns the file into a plain one (PyAV 14 on).
+# Fragments reach the disk as they are made; closing turns the file into a plain one (FFmpeg 7.1 on).
 # Negative offsets let B-frames start at time 0 without an edit list, which a growing file cannot have.
 _MUXER_OPTIONS = {
     "movflags": "+hybrid_fragmented+frag_keyframe+negative_cts_offsets",

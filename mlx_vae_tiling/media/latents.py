@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from .tensor_files import BFLOAT16, Array, StoredTensor, TensorFile, damage_reported, read_tensor_file
 
+DEMO = Path(__file__).parent.parent / "demo" / "latents.safetensors"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _COMFYUI_KEY, _COMFYUI_MARKER = "latent_tensor", "latent_format_version_0"
 _COMFYUI_UNMARKED_SCALE = 1 / 0.18215
@@ -53,7 +55,7 @@ def load_latents(
     1 / 0.18215.
 
     Args:
-        path: A `.safetensors`, `.latent`, `.npy`, `.npz`, `.pt` or `.pth` file.
+        path: A `.safetensors`, `.latent`, `.npy`, `.npz`, `.pt` or `.pth` file; "demo" for those bundled.
         key: Which tensor to take. Nested ones are named with dots, as `samples.0`.
         latent_size: (F, H, W) in latents, which packed tokens (B, F*H*W, C) need unless the file has them.
         channels: C, 128 for LTX.
@@ -81,7 +83,7 @@ def read_latents(
     channels: int = 128,
 ) -> SavedLatents:
     """Load saved video latents as `load_latents` does, with what the file says beside them."""
-    path = os.fspath(path)
+    path = str(DEMO) if path == "demo" else os.fspath(path)
     if latent_size is not None and (len(latent_size) != 3 or min(latent_size) < 1):
         raise ValueError(f"latent_size must be three positive numbers (F, H, W), got {latent_size}")
     file = read_tensor_file(path)

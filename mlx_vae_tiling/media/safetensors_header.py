@@ -74,7 +74,7 @@ def read_header(file: str, file_bytes: int, read: Read) -> Header:
         raise _truncated(file, 8 + length, file_bytes)
     try:
         fields = json.loads(read(8, length))
-        metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop("__metadata__", None) or {}
         tensors = {name: _entry(file, 8 + length, field) for name, field in fields.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

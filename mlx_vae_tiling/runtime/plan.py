@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
 from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import plan_tiles
@@ -22,20 +23,6 @@ ARRAY_ELEMENTS = 2**31
 
 SATURATING_POSITIONS = 1024
 """Latent positions per step beyond which a larger chunk is not expected to be faster."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A window of the output and the latents that it is decoded from.
-
-    Args:
-        window: The part of the output.
-        latents: Rows and columns of the latents that are decoded as if there were no others; None
-            for all of them, of which only those in the receptive field are used: an exact window.
-    """
-
-    window: Window
-    latents: tuple[slice, slice] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +86,14 @@ class DecodePlan:
     def fits(self) -> bool:
         return self.peak_bytes <= self.memory_limit
 
+    def require_fit(self) -> None:
+        """Raises a `ValueError` that says what is needed, unless the prediction is within the budget."""
+        if not self.fits:
+            raise ValueError(
+                f"no plan fits in {format_bytes(self.memory_limit)}; the smallest needs "
+                f"{format_bytes(self.peak_bytes)}, in {len(self.parts)} windows: raise the memory limit"
+            )
+
     def __str__(self) -> str:
         height, width = self.size
         step = f"{self.latent_frames_per_step} latent frames"
@@ -160,7 +155,7 @@ def plan_decode(
         )
     if dtype is None:
         dtype = mx.bfloat16 if isinstance(decoder, DecoderConfig) else decoder.dtype
-    model = _Model(
+    model = CostModel(
         config,
         tuple(latent_shape),
         dtype,
@@ -168,107 +163,16 @@ def plan_decode(
         CAUSAL if (config.causal if causal is None else causal) else CENTRED,
     )
     budget = memory_budget(memory_limit)
-    wanted = model.pixels(window or Window(), model.latent_shape)
+    wanted = model.pixels(window or Window())
     if isinstance(tiling, TilingConfig):
         if window is not None:
-            raise ValueError(f"blended tiles decode all of the output, got the window {window}; crop its frames")
+            raise ValueError(
+                f"blended tiles decode all of the output, got the window {window}; crop its frames"
+            )
         return _plan_blended(model, tiling, budget)
     if tiling is not None and tiling < 0:
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
     return _plan_windows(model, wanted, budget, tiling)
-
-
-class _Cost(NamedTuple):
-    state: int
-    chunk: int
-    elements: int
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What decoding costs, from the config alone."""
-
-    config: DecoderConfig
-    latent_shape: tuple[int, ...]
-    dtype: mx.Dtype
-    backend: Backend
-    reach: Reach
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.config.parameters * self.dtype.size
-
-    def pixels(self, window: Window, shape: tuple[int, ...]) -> Region:
-        t, s = self.config.temporal_scale, self.config.spatial_scale
-        return window.region(t * (shape[2] - 1) + 1, s * shape[3], s * shape[4])
-
-    def regions(self, pixels: Region) -> list[tuple[Region, Region]]:
-        """Of each layer, the regions that its convolution reads and computes."""
-        p = self.config.patch_size
-        region = Region(
-            pixels.time, pixels.height.before_upsampling(p, 0), pixels.width.before_upsampling(p, 0)
-        )
-        found = []
-        for layer in reversed(list(self.config.layers())):
-            computed = region.before_upsampling(layer.stride)
-            region = computed.before_convolution(self.reach)
-            found.append((region, computed))
-        return found[::-1]
-
-    def operations(self, part: Part) -> int:
-        batch = self.latent_shape[0]
-        regions = self.regions(self.pixels(*self.local(part)))
-        layers = self.config.layers()
-        return batch * sum(
-            54 * layer.in_channels * layer.out_channels * computed.volume
-            for layer, (_, computed) in zip(layers, regions, strict=True)
-        )
-
-    def local(self, part: Part) -> tuple[Window, tuple[int, ...]]:
-        """The window within the latents it is decoded from, and their shape."""
-        if part.latents is None:
-            return part.window, self.latent_shape
-        s, (rows, columns) = self.config.spatial_scale, part.latents
-        window = replace(
-            part.window,
-            height=_shift(part.window.height, rows.start * s),
-            width=_shift(part.window.width, columns.start * s),
-        )
-        shape = (*self.latent_shape[:3], rows.stop - rows.start, columns.stop - columns.start)
-        return window, shape
-
-    def cost(self, part: Part, step: int, cap: int | None) -> _Cost:
-        """Memory of a stream: the tails of all layers, and the most that one chunk adds."""
-        regions = self.regions(self.pixels(*self.local(part)))
-        batch, size = self.latent_shape[0], self.dtype.size
-        streamed = step < regions[0][0].time.length
-        state = chunk = elements = 0
-        limit = step
-        for layer, (source, computed) in zip(self.config.layers(), regions, strict=True):
-            frames = min(limit, cap or limit, computed.time.length)
-            read = batch * source.height.length * source.width.length * layer.in_channels
-            made = batch * computed.height.length * computed.width.length * layer.out_channels
-            limit *= layer.stride[0]
-            state += 2 * read * size * streamed
-            elements = max(elements, (frames + 2) * read, frames * made)
-            chunk = max(chunk, self._chunk_bytes(layer, frames, read, made))
-        latents = 2 * math.prod(self.latent_shape) * 4 if self.config.timestep_conditioning else 0
-        return _Cost(state, chunk + latents, elements)
-
-    def _chunk_bytes(self, layer: Any, frames: int, read: int, made: int) -> int:
-        """Arrays alive while a convolution runs and its output is rearranged, as counted on the CPU.
-
-        The CPU computes in float32 whatever the dtype, on copies of input and weights.
-        """
-        half_on_cpu = self.backend == "cpu" and self.dtype.size < 4
-        size = 4 if self.backend == "cpu" else self.dtype.size
-        read, made = (frames + 2) * read * size, frames * made * size
-        weights = 4 * 27 * layer.in_channels * layer.out_channels if half_on_cpu else 0
-        if layer.stride != (1, 1, 1):
-            return weights + max(2 * read + made, int(1.5 * read) + 3 * made)
-        if layer.in_channels == layer.out_channels:
-            return weights + int((6.8 if half_on_cpu else 6.3) * read)
-        return weights + max(int(5.5 * read) + made, read + 2 * made)
 
 
 def _length(span: slice | None) -> int:
@@ -276,12 +180,7 @@ def _length(span: slice | None) -> int:
     return int(span.stop - span.start)
 
 
-def _shift(span: slice | None, by: int) -> slice:
-    assert span is not None
-    return slice(span.start - by, span.stop - by)
-
-
-def _steps(model: _Model) -> Iterator[tuple[int, int | None]]:
+def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
     """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames)."""
     _, _, frames, height, width = model.latent_shape
     useful = max(1, math.ceil(SATURATING_POSITIONS / (height * width)))
@@ -304,12 +203,14 @@ def _cuts(span: Span, count: int, scale: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, [*bounds[1:], span.stop], strict=True)]
 
 
-def _parts(model: _Model, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
+def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
     scale = model.config.spatial_scale
     frames = slice(wanted.time.start, wanted.time.stop)
 
     def around(cut: slice, length: int) -> slice:
-        return slice(max(cut.start // scale - (halo or 0), 0), min(-(-cut.stop // scale) + (halo or 0), length))
+        return slice(
+            max(cut.start // scale - (halo or 0), 0), min(-(-cut.stop // scale) + (halo or 0), length)
+        )
 
     def part(height: slice, width: slice) -> Part:
         h, w = model.latent_shape[3:]
@@ -333,15 +234,18 @@ def _grids(height: int, width: int) -> Iterator[tuple[int, int]]:
             yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
 
 
-def _plan_windows(model: _Model, wanted: Region, budget: int, halo: int | None) -> DecodePlan:
+def _plan_windows(model: CostModel, wanted: Region, budget: int, halo: int | None) -> DecodePlan:
     steps = list(_steps(model))
     scale = model.config.spatial_scale
     candidates = []
     for grid in _grids(max(1, wanted.height.length // scale), max(1, wanted.width.length // scale)):
         parts = _parts(model, wanted, *grid, halo)
         costs = [model.cost(part, *steps[-1]) for part in parts]
-        candidates.append((max(c.state + c.chunk for c in costs), parts))
-        if model.weight_bytes + candidates[-1][0] <= budget and max(c.elements for c in costs) < ARRAY_ELEMENTS:
+        candidates.append((max(c.total for c in costs), parts))
+        if (
+            model.weight_bytes + candidates[-1][0] <= budget
+            and max(c.elements for c in costs) < ARRAY_ELEMENTS
+        ):
             break
     else:
         candidates.sort(key=lambda candidate: candidate[0], reverse=True)
@@ -349,17 +253,17 @@ def _plan_windows(model: _Model, wanted: Region, budget: int, halo: int | None) 
     limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
-        largest = max(costs, key=lambda c: c.state + c.chunk)
+        largest = max(costs, key=lambda c: c.total)
         if max(c.elements for c in costs) >= ARRAY_ELEMENTS:
             limited_by = "2**31 elements per array"
-        elif model.weight_bytes + largest.state + largest.chunk > budget:
+        elif model.weight_bytes + largest.total > budget:
             limited_by = "the memory limit"
         else:
             break
     return _assemble(model, wanted, parts, step, cap, None, budget, largest, limited_by)
 
 
-def _plan_blended(model: _Model, tiling: TilingConfig, budget: int) -> DecodePlan:
+def _plan_blended(model: CostModel, tiling: TilingConfig, budget: int) -> DecodePlan:
     """Blended tiles: each decoded whole, plus the float32 buffers of one temporal group."""
     config = model.config
     axes = plan_tiles(model.latent_shape, tiling, config.spatial_scale, config.temporal_scale)
@@ -378,20 +282,30 @@ def _plan_blended(model: _Model, tiling: TilingConfig, budget: int) -> DecodePla
         for w in widths
     )
     largest = cost._replace(chunk=cost.chunk + buffers)
-    everything = model.pixels(whole.window, model.latent_shape)
-    plan = _assemble(model, everything, _parts(model, everything, 1, 1, None), shape[2], None, tiling, budget, largest, "the tile size")
+    everything = model.pixels(whole.window)
+    plan = _assemble(
+        model,
+        everything,
+        _parts(model, everything, 1, 1, None),
+        shape[2],
+        None,
+        tiling,
+        budget,
+        largest,
+        "the tile size",
+    )
     return replace(plan, operations=operations, recompute=operations / plan.operations)
 
 
 def _assemble(
-    model: _Model,
+    model: CostModel,
     wanted: Region,
     parts: tuple[Part, ...],
     step: int,
     cap: int | None,
     tiling: TilingConfig | None,
     budget: int,
-    largest: _Cost,
+    largest: Cost,
     limited_by: str,
 ) -> DecodePlan:
     operations = sum(model.operations(part) for part in parts)
@@ -404,7 +318,7 @@ def _assemble(
         latent_frames_per_step=step,
         max_chunk_frames=cap,
         tiling=tiling,
-        peak_bytes=model.weight_bytes + largest.state + largest.chunk,
+        peak_bytes=model.weight_bytes + largest.total,
         weight_bytes=model.weight_bytes,
         state_bytes=largest.state,
         memory_limit=budget,

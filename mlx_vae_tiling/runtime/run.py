@@ -17,7 +17,7 @@ import numpy as np
 from mlx_vae_tiling.media.video import open_video
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes, memory_limits, peak_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan, Part, plan_decode
-from mlx_vae_tiling.runtime.store import Frames, FrameStore, fingerprint_of, open_store
+from mlx_vae_tiling.runtime.store import Frames, FrameStore, fingerprint_of, finished_share, open_store
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.streaming import Pace, Window
@@ -164,12 +164,13 @@ def decode_to_file(
         ValueError, ArithmeticError: As `decode_frames`.
     """
     began = time.perf_counter()
-    bits = 16 if os.fspath(path).endswith(".mov") and codec in (None, "prores") else 8
+    bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"timestep": timestep, "noise_scale": noise_scale, "seed": seed, "normalized": normalized}
     job = _prepare(decoder, latents, plan, memory_limit, tiling, window, bits, options)
     writer = open_video(path, fps=fps, codec=codec, quality=quality)
-    folder = Path(os.fspath(path).rstrip("/").replace("%", "") + ".partial")
-    fingerprint = fingerprint_of(decoder, latents, tiling=job.plan.tiling, **options)
+    folder = _store_folder(path)
+    settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **options}
+    fingerprint = fingerprint_of(decoder, latents, **settings)
     mx.reset_peak_memory()
     with open_store(folder, job.plan, job.dtype, fingerprint, resume) as store, writer:
         job = replace(job, plan=replace(job.plan, parts=store.parts))
@@ -182,6 +183,17 @@ def decode_to_file(
     return DecodeReport(
         os.fspath(path), job.plan.frames, kept, seconds, peak_bytes(), footprint_bytes(), job.plan
     )
+
+
+def kept_frames(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
+    """Where an unfinished decode to `path` is kept, and what share of it; None if there is none."""
+    folder = _store_folder(path)
+    share = finished_share(folder)
+    return None if share is None else (folder, share)
+
+
+def _store_folder(path: str | os.PathLike[str]) -> Path:
+    return Path(os.fspath(path).rstrip("/").replace("%", "") + ".partial")
 
 
 def _prepare(
@@ -206,11 +218,7 @@ def _prepare(
         raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
     if plan is None:
         plan = plan_decode(decoder, latents.shape, memory_limit=memory_limit, tiling=tiling, window=window)
-        if not plan.fits:
-            raise ValueError(
-                f"no plan fits in {format_bytes(plan.memory_limit)}; the smallest needs "
-                f"{format_bytes(plan.peak_bytes)}, in {len(plan.parts)} windows: raise the memory limit"
-            )
+        plan.require_fit()
     elif plan.latent_shape != tuple(latents.shape):
         raise ValueError(f"the plan is for latents of shape {plan.latent_shape}, got {latents.shape}")
     return _Job(decoder, latents, plan, bits, options)
@@ -301,13 +309,7 @@ def _stream(job: _Job, part: Part, start: int, pace: Pace) -> Iterator[mx.array]
         return decoder.stream(latents, window=window, pace=pace, **options)
     prepared = decoder.prepare_latents(latents, **{k: v for k, v in options.items() if k != "timestep"})
     rows, columns = part.latents
-    scale = decoder.config.spatial_scale
-    assert window.height and window.width
-    window = replace(
-        window,
-        height=slice(window.height.start - rows.start * scale, window.height.stop - rows.start * scale),
-        width=slice(window.width.start - columns.start * scale, window.width.stop - columns.start * scale),
-    )
+    window = replace(part, window=window).within(decoder.config.spatial_scale)
     options = {**options, "noise_scale": 0.0, "normalized": False}
     return decoder.stream(prepared[..., rows, columns], window=window, pace=pace, **options)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_map_with_path
 
 from mlx_vae_tiling.runtime.arguments import (
@@ -136,7 +137,7 @@ class DecodingStage:
         if not array_of_rank(5)(latents):
             raise ValueError(f"latents must be an array (B, C, F, H, W), got {describe(latents)}")
         precision, autocast = precision_of(args), not option(args, "disable_autocast", DecodingArgs)
-        given = mx.array(latents)
+        given = latents if isinstance(latents, mx.array) else mx.array(latents)
         latents = _unscaled(given, self.vae).astype(precision or given.dtype)
         if autocast and precision and isinstance(self.vae, VideoDecoder) and self.vae.dtype != precision:
             _cast_weights(self.vae, precision)
@@ -146,9 +147,10 @@ class DecodingStage:
             return _decode_planned(self.vae, latents, option(args, "memory_limit", DecodingArgs))
         if tiling and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
-        frames = _unit_range(_decode_whole(self.vae, latents))
-        mx.eval(frames)
-        return frames
+        frames = _decode_whole(self.vae, latents)
+        video, view = _new_video(frames.shape)
+        _write(view, frames)
+        return video
 
     def _decode_trajectory(self, batch: Any, args: Any) -> None:
         trajectory = option(batch, "trajectory_latents", DecodeBatch)
@@ -160,7 +162,7 @@ class DecodingStage:
         timesteps, steps = option(batch, "trajectory_timesteps", DecodeBatch), trajectory.shape[1]
         if timesteps is not None and len(timesteps) != steps:
             raise ValueError(
-                f"trajectory_timesteps must have one entry per step ({steps}) or be None, got {len(timesteps)}"
+                f"trajectory_timesteps must have one entry for each of {steps} steps, got {len(timesteps)}"
             )
         batch.trajectory_decoded = []
         for step in range(steps):
@@ -237,10 +239,7 @@ def _decode_planned(decoder: VideoDecoder, latents: mx.array, memory_limit: Any)
             f"and the frames {format_bytes(frame_bytes)}: raise args.memory_limit, or use decode_to_file, "
             "which does not hold the frames"
         )
-    # Written through NumPy's view of it, for otherwise the video would be in memory twice.
-    video = mx.zeros(shape)
-    mx.eval(video)
-    view = np.asarray(video)
+    video, view = _new_video(shape)
     for window in plan.windows:
         start = 0
         for piece in decoder.stream(
@@ -251,7 +250,7 @@ def _decode_planned(decoder: VideoDecoder, latents: mx.array, memory_limit: Any)
         ):
             stop = start + piece.shape[2]
             rows, columns = window.height or slice(None), window.width or slice(None)
-            view[:, :, start:stop, rows, columns] = np.asarray(_unit_range(piece))
+            _write(view[:, :, start:stop, rows, columns], piece)
             start = stop
             del piece
         if start != shape[2]:
@@ -267,8 +266,20 @@ def _decode_whole(vae: Any, latents: mx.array) -> mx.array:
     frames = getattr(result, "sample", result)
     if not array_of_rank(5)(frames):
         raise ValueError(f"the VAE must return an array (B, 3, F, H, W), got {describe(frames)}")
-    return mx.array(frames)
+    frames = frames if isinstance(frames, mx.array) else mx.array(frames)
+    mx.eval(frames)
+    return frames
 
 
-def _unit_range(frames: mx.array) -> mx.array:
-    return mx.clip(frames.astype(mx.float32) / 2 + 0.5, 0, 1)
+def _new_video(shape: tuple[int, ...]) -> tuple[mx.array, npt.NDArray[np.float32]]:
+    """A float32 array and NumPy's view of it: filled through the view, it is in memory only once."""
+    video = mx.zeros(shape)
+    mx.eval(video)
+    return video, np.asarray(video)
+
+
+def _write(view: npt.NDArray[np.float32], piece: mx.array) -> None:
+    """Writes a piece in [-1, 1] as [0, 1], frame by frame: its intermediates are one frame large."""
+    for index in range(piece.shape[2]):
+        frame = piece[:, :, index].astype(mx.float32)
+        view[:, :, index] = np.asarray(mx.clip(frame / 2 + 0.5, 0, 1))

@@ -180,6 +180,15 @@ def _read_part(bounds: list[list[int] | None]) -> Part:
     return Part(Window(frames, height, width), None if rows is None or columns is None else (rows, columns))
 
 
+def finished_share(folder: Path) -> float | None:
+    """The share of a decode that its store holds; None if there is no store that can be read."""
+    try:
+        told = json.loads((folder / "journal.json").read_text())
+        return float(sum(told["done"]) / (len(told["done"]) * told["shape"][0]))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
 @contextlib.contextmanager
 def open_store(
     folder: Path,
@@ -188,7 +197,7 @@ def open_store(
     fingerprint: dict[str, str],
     resume: bool,
 ) -> Any:
-    """The store of a decode: continued, or new. It is removed unless an exception leaves.
+    """The store of a decode: continued, or new. An exception leaves it, if it holds any frame.
 
     Raises:
         FileExistsError: If there is one already and it is not to be resumed.
@@ -201,8 +210,11 @@ def open_store(
         )
     make = FrameStore.reopen if folder.exists() else FrameStore.create
     store = make(folder, plan, dtype, fingerprint)
+    finished = False
     try:
         yield store
+        finished = True
     finally:
         store.close()
-    store.remove()
+        if finished or not any(store.done):
+            store.remove()

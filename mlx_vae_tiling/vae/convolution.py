@@ -17,6 +17,9 @@ from mlx_vae_tiling.vae.backend import current_backend
 
 ConvolutionForm = Literal["stock", "folded", "blocked", "numpy"]
 
+CACHED_FLOATS = 2**16
+"""Numbers that a block of shifted products touches: past a core's cache it is far slower."""
+
 WORKSPACE_BYTES = 32 * 2**20
 """Bound of the im2col buffers that the CPU forms take, for one row of output at least."""
 
@@ -114,7 +117,7 @@ def _multiply_shifts(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: n
     """A product per tap: with rows laid end to end, a tap is a shift of the flattened frames."""
     b, t, h, w, c = x.shape
     matrices = np.ascontiguousarray(weight.transpose(1, 2, 3, 4, 0))
-    rows = max(1, 4096 // w)
+    rows = max(1, CACHED_FLOATS // (w * (c + 2 * len(weight))))
     total = np.empty((rows * w, len(weight)), np.float32)
     product = np.empty_like(total)
     for n, f in np.ndindex(b, t - 2):

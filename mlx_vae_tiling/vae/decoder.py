@@ -24,6 +24,7 @@ from mlx_vae_tiling.vae.layers import (
     TimestepEmbedding,
     UNetMidBlock3D,
     modulations,
+    settle,
 )
 from mlx_vae_tiling.vae.operations import activate, unpatchify
 from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Pace, Region, Window
@@ -324,7 +325,7 @@ class VideoDecoder(nn.Module):
         for chunk in chunks:
             waiting.append(unpatchify(chunk, p)[..., rows, columns].astype(dtype))
             del chunk
-            mx.async_eval(waiting[-1])
+            settle(waiting[-1])
             if len(waiting) > ahead:
                 yield waiting.pop(0)
         yield from waiting

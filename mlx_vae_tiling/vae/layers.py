@@ -18,7 +18,7 @@ from mlx_vae_tiling.vae.backend import current_backend
 from mlx_vae_tiling.vae.blocks import PaddingMode, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
-from mlx_vae_tiling.vae.operations import activate, crop_spatially, depth_to_space, pad_spatially
+from mlx_vae_tiling.vae.operations import activate, computed, crop_spatially, depth_to_space, pad_spatially
 from mlx_vae_tiling.vae.streaming import FrameQueue, Reach, Region
 
 Chunks = Iterator[mx.array]
@@ -94,9 +94,10 @@ class ConvolutionLayer(Conv3d):
         setting: Setting,
         before: Callable[[mx.array], mx.array] | None,
     ) -> mx.array:
-        window = queue.window(*span)
-        y = self(before(window) if before else window, source, region, setting)
-        return settle(y, queue.release())
+        x = queue.window(*span)
+        if before:
+            x = before(x)
+        return settle(self(x, source, region, setting), queue.release())
 
 
 class TimestepEmbedding(nn.Module):
@@ -277,10 +278,11 @@ class DepthToSpaceUpsample(nn.Module):
         region: Region,
         setting: Setting,
     ) -> mx.array:
-        y = depth_to_space(self.conv(queue.window(*span), source, coarse, setting), self.stride)
+        y = computed(self.conv(queue.window(*span), source, coarse, setting))
+        y = computed(depth_to_space(y, self.stride))
         if self._repeats:
             skip = depth_to_space(crop_spatially(queue.frames(*span), source, coarse), self.stride)
-            y = y + mx.concatenate([skip] * self._repeats, axis=-1)
+            y = y + computed(mx.concatenate([skip] * self._repeats, axis=-1))
         return settle(self._crop(y, span, coarse, region), queue.release())
 
     def _crop(self, y: mx.array, span: tuple[int, int], coarse: Region, region: Region) -> mx.array:

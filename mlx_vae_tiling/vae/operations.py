@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_vae_tiling.vae.backend import current_backend
 from mlx_vae_tiling.vae.blocks import PaddingMode, Stride
 from mlx_vae_tiling.vae.streaming import Region
 
@@ -16,8 +17,23 @@ def pixel_norm(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, PIXEL_NORM_EPS)
 
 
+def computed(x: mx.array) -> mx.array:
+    """x, computed at once on the CPU, so that its inputs can go and the peak depends on no thread's luck."""
+    if current_backend() == "cpu":
+        mx.eval(x)
+    return x
+
+
 def activate(x: mx.array, modulation: tuple[mx.array, mx.array] | None) -> mx.array:
     """Pixel norm, the timestep's (shift, scale) where there is one, SiLU."""
+    if current_backend() != "cpu":
+        return _activate(x, modulation)
+    # The CPU's norm takes several copies of its input, in float32: here, of one frame.
+    frames = [computed(_activate(x[:, i : i + 1], modulation)) for i in range(x.shape[1])]
+    return computed(mx.concatenate(frames, axis=1))
+
+
+def _activate(x: mx.array, modulation: tuple[mx.array, mx.array] | None) -> mx.array:
     x = pixel_norm(x)
     if modulation is not None:
         shift, scale = modulation
