@@ -129,6 +129,7 @@ BAD = {
     "suffix of latents": (["decode", "shot.txt", "--vae", "demo", "-o", "x.npy"], ".safetensors"),
     "no latents in file": (["decode", "image.npy", "--vae", "demo", "-o", "x.npy"], "(B, 128, F, H, W)"),
     "key": (["decode", "shot.safetensors", "--vae", "demo", "-o", "x.npy", "--key", "z"], "latents"),
+    "overflow": (["decode", "huge.npy", "--vae", "demo", "-o", "x.npy", "--denormalized"], "not finite"),
     "NaN": (["decode", "nan.npy", "--vae", "demo", "-o", "x.npy"], "latent frames [1]"),
     "packed": (["decode", "packed.npy", "--vae", "demo", "-o", "x.npy"], "--latent-size"),
     "suffix of output": (["decode", "shot.safetensors", "--vae", "demo", "-o", "x.avi"], ".mp4"),
@@ -158,6 +159,7 @@ def test_bad_input_gives_one_line(name, shot, latents, capsys):
     broken = np.array(latents)
     broken[0, 5, 1, 1, 1] = np.nan
     np.save("nan.npy", broken)
+    np.save("huge.npy", np.full((1, 128, 2, 3, 4), 1e38, np.float32))
     (shot / "shot.txt").write_text("latents")
     arguments, reason = BAD[name]
     try:
@@ -225,7 +227,7 @@ def test_interrupted_before_the_first_frame_keeps_nothing(shot, monkeypatch, cap
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_vae_tiling.vae.decoder.VideoDecoder._pieces", interrupt)
+        patch.setattr(video.VideoWriter, "__enter__", interrupt)
         assert decode("-o", "shot.npy", "-q") == 130
     assert capsys.readouterr().err == "mlx-vae-tiling: interrupted, nothing was kept\n"
     assert decode("-o", "shot.npy", "-q") == 0

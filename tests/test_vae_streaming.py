@@ -8,6 +8,7 @@ from itertools import islice, product, zip_longest
 
 import mlx.core as mx
 import pytest
+from streaming import held_bytes, state_bytes
 from vae_cases import (
     VERSIONS,
     expected_operations,
@@ -136,13 +137,16 @@ def interrupt_after(pieces, count):
         del piece
 
 
-def tail_bytes(config, height, width):
-    """What a stream holds between pieces: two frames of the input of every convolution, in float32."""
-    scale, total = 1, 0
-    for layer in config.layers():
-        total += 2 * height * width * scale**2 * layer.in_channels * 4
-        scale *= layer.stride[1]
-    return total
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_stream_holds_two_frames_per_convolution(version, causal):
+    decoder = small_decoder(version)
+    frames = int(2 * decoder.config.receptive_field[0]) + 4
+    stream = decoder.stream(random_latents(decoder, 2, frames, 2, 3), causal=causal)
+    for piece in islice(stream, 2):
+        del piece
+    expected = {level: 2 * size for level, size in state_bytes(decoder.config, 2, 3, itemsize=4).items()}
+    assert held_bytes() == expected
 
 
 @pytest.mark.parametrize("pieces_taken", [1, 4])
@@ -156,7 +160,7 @@ def test_stream_leaves_no_memory_behind(version, end, pieces_taken, without_coll
     stream = decoder.stream(latents)
     for piece in islice(stream, pieces_taken):
         del piece
-    assert active_bytes() >= before + tail_bytes(decoder.config, 3, 3)
+    assert active_bytes() >= before + sum(state_bytes(decoder.config, 3, 3, itemsize=4).values())
     if end == "close":
         stream.close()
     elif end == "exhaustion":

@@ -13,34 +13,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.vae import layers
-from mlx_vae_tiling.vae.config import DecoderConfig, ResBlocks
+from mlx_vae_tiling.vae.blocks import ResBlocks
+from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.streaming import Span, Window
 
 VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
 DATA = Path(__file__).parent / "data"
 
-# As published, at full width.
-LTX_2_3 = DecoderConfig.from_original(
-    {
-        "_class_name": "CausalVideoAutoencoder",
-        "decoder_blocks": [
-            ["res_x", {"num_layers": 4}],
-            ["compress_space", {"multiplier": 2}],
-            ["res_x", {"num_layers": 6}],
-            ["compress_time", {"multiplier": 2}],
-            ["res_x", {"num_layers": 4}],
-            ["compress_all", {"multiplier": 1}],
-            ["res_x", {"num_layers": 2}],
-            ["compress_all", {"multiplier": 2}],
-            ["res_x", {"num_layers": 2}],
-        ],
-        "decoder_base_channels": 128,
-        "causal_decoder": False,
-        "timestep_conditioning": False,
-        "spatial_padding_mode": "zeros",
-    }
-)
+LTX_2_3 = PUBLISHED["LTX-2.3 / 2.5"]
 
 
 class ReferenceCase(NamedTuple):

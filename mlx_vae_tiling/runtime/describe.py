@@ -8,6 +8,7 @@ from typing import Any
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.run import DecodeReport
+from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.checkpoint import CheckpointInfo
 from mlx_vae_tiling.vae.streaming import Window
@@ -19,7 +20,7 @@ def plan_fields(plan: DecodePlan) -> dict[str, Any]:
         **{name: value for name, value in vars(plan).items() if name != "parts"},
         "output": _bounds(plan.output),
         "windows": [_bounds(window) for window in plan.windows],
-        "tiling": plan.tiling and dataclasses.asdict(plan.tiling),
+        "tiling": dataclasses.asdict(plan.tiling) if isinstance(plan.tiling, TilingConfig) else plan.tiling,
         "chunk_bytes": plan.chunk_bytes,
         "fits": plan.fits,
     }

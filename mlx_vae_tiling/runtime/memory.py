@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 from collections.abc import Iterator
+from numbers import Real
 
 import mlx.core as mx
 
@@ -36,7 +37,7 @@ def parse_bytes(amount: int | float | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
         if match and match[2].upper() in _UNITS:
             return parse_bytes(float(match[1]) * _UNITS[match[2].upper()])
-    elif not isinstance(amount, bool) and 1 <= amount < 2**63:
+    elif isinstance(amount, Real) and not isinstance(amount, bool) and 1 <= amount < 2**63:
         return int(amount)
     raise ValueError(
         f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {amount!r}"
@@ -52,12 +53,12 @@ def format_bytes(amount: int | float) -> str:
 
 
 def available_bytes() -> int:
-    """What the default device can take: Metal's recommended working set, CUDA's or the CPU's free memory."""
+    """What the default device can still take: of Metal's recommended working set, or of the memory."""
     if mx.default_device().type == mx.DeviceType.gpu:
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if isinstance(info.get(key), int):
-                return int(info[key])
+                return max(int(info[key]) - mx.get_active_memory(), 1)
     if platform.system() == "Linux":
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -70,9 +71,30 @@ def memory_budget(limit: int | float | str | None = None) -> int:
     return int(BUDGET_SHARE * available_bytes()) if limit is None else parse_bytes(limit)
 
 
-def peak_bytes() -> int:
-    """The most that MLX held since `mx.reset_peak_memory`."""
-    return max(mx.get_peak_memory(), mx.get_active_memory())
+class PeakMeter:
+    """Measures the most that MLX holds, by MLX's own peak, which it resets.
+
+    Args:
+        others: Bytes that are held for other purposes, and do not count.
+
+    Attributes:
+        highest: The most at any reading.
+    """
+
+    def __init__(self, others: int = 0):
+        self.others, self.highest = others, 0
+        mx.reset_peak_memory()
+
+    def read(self) -> int:
+        """The most that was held since the last `restart`."""
+        peak = max(mx.get_peak_memory(), mx.get_active_memory()) - self.others
+        self.highest = max(self.highest, peak)
+        return peak
+
+    def restart(self) -> None:
+        """Frees what can be freed, and measures anew."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
 
 
 def footprint_bytes() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -16,10 +16,13 @@ from mlx_vae_tiling.tiling.plan import plan_tiles
 from mlx_vae_tiling.vae.backend import Backend, current_backend
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Reach, Region, Span, Window
+from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Region, Span, Window
 
 ARRAY_ELEMENTS = 2**31
 """Kernels index with 32 bits; past it they fail without a word."""
+
+MEMORY = "the memory limit"
+"""What limits the chunks where memory does."""
 
 SATURATING_POSITIONS = 1024
 """Latent positions per step beyond which a larger chunk is not expected to be faster."""
@@ -35,7 +38,7 @@ class DecodePlan:
         parts: What is decoded one after the other, each over all frames.
         latent_frames_per_step: Latent frames taken in at a time.
         max_chunk_frames: Bound of the frames of a chunk in any layer; None for none.
-        tiling: Blended tiles in place of exact parts.
+        tiling: None for exact windows, blended tiles, or how many latents around them windows see.
         peak_bytes: Predicted peak of MLX's memory, weights included.
         weight_bytes, state_bytes, chunk_bytes: Of these, the weights, the frames that the layers
             keep between chunks, and the rest.
@@ -52,7 +55,7 @@ class DecodePlan:
     parts: tuple[Part, ...]
     latent_frames_per_step: int
     max_chunk_frames: int | None
-    tiling: TilingConfig | None
+    tiling: TilingConfig | int | None
     peak_bytes: int
     weight_bytes: int
     state_bytes: int
@@ -100,10 +103,10 @@ class DecodePlan:
         if self.max_chunk_frames:
             step += f", at most {self.max_chunk_frames} frames in a layer"
         kind = "exact"
-        if self.tiling is not None:
+        if isinstance(self.tiling, TilingConfig):
             kind = "blended tiles"
         elif any(part.latents for part in self.parts):
-            kind = "approximate: windows with less than the receptive field"
+            kind = f"approximate: windows see {self.tiling} latents around them"
         rows = {
             "output": f"{self.frames} frames of {width}x{height}, from latents {self.latent_shape}",
             "method": f"{kind}, {len(self.parts)} {'window' if len(self.parts) == 1 else 'windows'}",
@@ -128,6 +131,7 @@ def plan_decode(
     tiling: TilingConfig | int | None = None,
     window: Window | None = None,
     causal: bool | None = None,
+    parts: tuple[Part, ...] | None = None,
 ) -> DecodePlan:
     """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
 
@@ -141,6 +145,7 @@ def plan_decode(
             receptive field for windows that see this many latents around them, and no more.
         window: The part of the output that is wanted; None for all of it.
         causal: Overrides the config's.
+        parts: Those of an earlier plan for the same window, to be kept.
 
     Returns:
         The plan. Where nothing fits, the smallest there is, with `fits` False.
@@ -151,7 +156,8 @@ def plan_decode(
     config = decoder if isinstance(decoder, DecoderConfig) else decoder.config
     if len(latent_shape) != 5 or latent_shape[1] != config.latent_channels or min(latent_shape) < 1:
         raise ValueError(
-            f"latent_shape must be (B, {config.latent_channels}, F, H, W) without empty axes, got {latent_shape}"
+            f"latent_shape must be (B, {config.latent_channels}, F, H, W) without empty axes, "
+            f"got {latent_shape}"
         )
     if dtype is None:
         dtype = mx.bfloat16 if isinstance(decoder, DecoderConfig) else decoder.dtype
@@ -172,7 +178,7 @@ def plan_decode(
         return _plan_blended(model, tiling, budget)
     if tiling is not None and tiling < 0:
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
-    return _plan_windows(model, wanted, budget, tiling)
+    return _plan_chunks(model, wanted, budget, tiling, parts or _choose_parts(model, wanted, budget, tiling))
 
 
 def _length(span: slice | None) -> int:
@@ -199,8 +205,8 @@ def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
 
 def _cuts(span: Span, count: int, scale: int) -> list[slice]:
     """A span of pixels in `count` runs, about even, cut between latents."""
-    bounds = [span.start + round(span.length * i / count / scale) * scale for i in range(count)]
-    return [slice(start, stop) for start, stop in zip(bounds, [*bounds[1:], span.stop], strict=True)]
+    inner = [round((span.start + span.length * i / count) / scale) * scale for i in range(1, count)]
+    return [slice(*bounds) for bounds in pairwise([span.start, *inner, span.stop])]
 
 
 def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
@@ -208,9 +214,10 @@ def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int 
     frames = slice(wanted.time.start, wanted.time.stop)
 
     def around(cut: slice, length: int) -> slice:
-        return slice(
-            max(cut.start // scale - (halo or 0), 0), min(-(-cut.stop // scale) + (halo or 0), length)
-        )
+        start, stop = cut.start // scale, -(-cut.stop // scale)
+        # A frame that is one latent high cannot be padded by reflection.
+        reach = max(halo or 0, model.config.spatial_padding_mode == "reflect" and stop - start == 1)
+        return slice(max(start - reach, 0), min(stop + reach, length))
 
     def part(height: slice, width: slice) -> Part:
         h, w = model.latent_shape[3:]
@@ -234,33 +241,36 @@ def _grids(height: int, width: int) -> Iterator[tuple[int, int]]:
             yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
 
 
-def _plan_windows(model: CostModel, wanted: Region, budget: int, halo: int | None) -> DecodePlan:
-    steps = list(_steps(model))
-    scale = model.config.spatial_scale
+def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None) -> tuple[Part, ...]:
+    """The fewest windows that fit with the smallest chunks; where none do, those that need least."""
+    scale, smallest = model.config.spatial_scale, list(_steps(model))[-1]
     candidates = []
     for grid in _grids(max(1, wanted.height.length // scale), max(1, wanted.width.length // scale)):
         parts = _parts(model, wanted, *grid, halo)
-        costs = [model.cost(part, *steps[-1]) for part in parts]
-        candidates.append((max(c.total for c in costs), parts))
-        if (
-            model.weight_bytes + candidates[-1][0] <= budget
-            and max(c.elements for c in costs) < ARRAY_ELEMENTS
-        ):
-            break
-    else:
-        candidates.sort(key=lambda candidate: candidate[0], reverse=True)
-    parts = candidates[-1][1]
+        costs = [model.cost(part, *smallest) for part in parts]
+        most = max(cost.total for cost in costs)
+        if model.weight_bytes + most <= budget and max(c.elements for c in costs) < ARRAY_ELEMENTS:
+            return parts
+        candidates.append((most, parts))
+    return min(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _plan_chunks(
+    model: CostModel, wanted: Region, budget: int, halo: int | None, parts: tuple[Part, ...]
+) -> DecodePlan:
+    """The largest useful chunk with which these windows fit."""
+    steps = list(_steps(model))
     limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
-        largest = max(costs, key=lambda c: c.total)
-        if max(c.elements for c in costs) >= ARRAY_ELEMENTS:
+        largest = max(costs, key=lambda cost: cost.total)
+        if max(cost.elements for cost in costs) >= ARRAY_ELEMENTS:
             limited_by = "2**31 elements per array"
         elif model.weight_bytes + largest.total > budget:
-            limited_by = "the memory limit"
+            limited_by = MEMORY
         else:
             break
-    return _assemble(model, wanted, parts, step, cap, None, budget, largest, limited_by)
+    return _assemble(model, wanted, parts, step, cap, halo, budget, largest, limited_by)
 
 
 def _plan_blended(model: CostModel, tiling: TilingConfig, budget: int) -> DecodePlan:
@@ -303,7 +313,7 @@ def _assemble(
     parts: tuple[Part, ...],
     step: int,
     cap: int | None,
-    tiling: TilingConfig | None,
+    tiling: TilingConfig | int | None,
     budget: int,
     largest: Cost,
     limited_by: str,

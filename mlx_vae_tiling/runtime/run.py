@@ -6,17 +6,20 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
 
 from mlx_vae_tiling.media.video import open_video
-from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes, memory_limits, peak_bytes
-from mlx_vae_tiling.runtime.plan import DecodePlan, Part, plan_decode
+from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.memory import PeakMeter, footprint_bytes, format_bytes, memory_limits
+from mlx_vae_tiling.runtime.plan import MEMORY, DecodePlan, plan_decode
 from mlx_vae_tiling.runtime.store import Frames, FrameStore, fingerprint_of, finished_share, open_store
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
@@ -70,6 +73,7 @@ class _Job:
     plan: DecodePlan
     bits: int
     options: dict[str, Any]
+    meter: PeakMeter
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -117,7 +121,7 @@ def decode_frames(
     """
     options = {"timestep": timestep, "noise_scale": noise_scale, "seed": seed, "normalized": normalized}
     job = _prepare(decoder, latents, plan, memory_limit, tiling, window, bits, options)
-    return _with_progress(_decode(job, None), job, progress)
+    return _with_progress(job, None, progress)
 
 
 def decode_to_file(
@@ -142,8 +146,8 @@ def decode_to_file(
     """Decodes latents to a video, an image sequence or an array on disk.
 
     While it runs, the frames so far are also kept in `<path>.partial`. However a decode ends early,
-    `resume=True` continues it from there, and gives the same frames; the file that was begun is
-    playable after Ctrl-C.
+    `resume=True` continues it from there, and gives the same frames (blended tiles are all decoded
+    again, and those frames skipped); the file that was begun is playable after Ctrl-C.
 
     Args:
         decoder: The decoder.
@@ -171,17 +175,18 @@ def decode_to_file(
     folder = _store_folder(path)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **options}
     fingerprint = fingerprint_of(decoder, latents, **settings)
-    mx.reset_peak_memory()
-    with open_store(folder, job.plan, job.dtype, fingerprint, resume) as store, writer:
-        job = replace(job, plan=replace(job.plan, parts=store.parts))
+    # An array takes as much again as the frames that are kept.
+    copies = 2 if os.fspath(path).lower().endswith(".npy") else 1
+    with open_store(folder, job.plan, job.dtype, fingerprint, resume, copies) as store, writer:
+        if store.parts != job.plan.parts:
+            job = replace(job, plan=_replan(job, store.parts))
         kept = min(store.done)
-        frames = _with_progress(_decode(job, store), job, progress)
-        with contextlib.closing(frames):
+        with contextlib.closing(_with_progress(job, store, progress)) as frames:
             for piece in frames:
                 writer.write(piece)
     seconds = time.perf_counter() - began
     return DecodeReport(
-        os.fspath(path), job.plan.frames, kept, seconds, peak_bytes(), footprint_bytes(), job.plan
+        os.fspath(path), job.plan.frames, kept, seconds, job.meter.highest, footprint_bytes(), job.plan
     )
 
 
@@ -209,7 +214,8 @@ def _prepare(
     decoder.stream(latents, timestep=options["timestep"], noise_scale=options["noise_scale"])
     if latents.shape[0] != 1:
         raise ValueError(
-            f"frames come from one video at a time, got a batch of {latents.shape[0]}; decode latents[i : i + 1]"
+            f"frames come from one video at a time, got a batch of {latents.shape[0]}; "
+            "decode latents[i : i + 1]"
         )
     if bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {bits}")
@@ -221,29 +227,38 @@ def _prepare(
         plan.require_fit()
     elif plan.latent_shape != tuple(latents.shape):
         raise ValueError(f"the plan is for latents of shape {plan.latent_shape}, got {latents.shape}")
-    return _Job(decoder, latents, plan, bits, options)
+    weights = list(dict(tree_flatten(decoder.parameters())).values())
+    mx.eval(weights)
+    others = mx.get_active_memory() - sum(value.nbytes for value in weights)
+    return _Job(decoder, latents, plan, bits, options, PeakMeter(others))
 
 
-def _with_progress(frames: Iterator[Frames], job: _Job, progress: bool) -> Iterator[Frames]:
-    if not progress:
-        yield from frames
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=job.plan.frames, unit="frame", desc="decode") as bar:
-        for piece in frames:
-            bar.set_postfix_str(f"peak {format_bytes(peak_bytes())}", refresh=False)
-            bar.update(len(piece))
-            yield piece
+def _replan(job: _Job, parts: tuple[Part, ...]) -> DecodePlan:
+    """The plan of a job for parts that an earlier run has begun, under this run's limit."""
+    plan = job.plan
+    options: dict[str, Any] = {"tiling": plan.tiling, "window": plan.output, "parts": parts}
+    plan = plan_decode(job.decoder, plan.latent_shape, memory_limit=plan.memory_limit, **options)
+    plan.require_fit()
+    return plan
 
 
-def _decode(job: _Job, store: FrameStore | None) -> Iterator[Frames]:
+def _with_progress(job: _Job, store: FrameStore | None, progress: bool) -> Generator[Frames]:
+    """Several windows count each frame of each."""
+    parts = len(job.plan.parts)
+    unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
+    kept = 0 if store is None else sum(store.done)
+    with tqdm(total=total, initial=kept, unit=f" {unit}", desc="decode", disable=not progress) as bar:
+        yield from _decode(job, store, bar)
+
+
+def _decode(job: _Job, store: FrameStore | None, bar: Any) -> Iterator[Frames]:
     """Finished frames of the whole output, those of the store first."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(memory_limits(job.plan.memory_limit, cache=max(job.plan.chunk_bytes, 2**20)))
+        limit = job.plan.memory_limit + job.meter.others
+        stack.enter_context(memory_limits(limit, cache=max(job.plan.chunk_bytes, 2**20)))
         parts = job.plan.parts
         if store is None and len(parts) == 1:
-            for _, frames in _decode_part(job, parts[0], 0):
+            for frames in _decode_part(job, parts[0], 0, bar):
                 yield frames
             return
         if store is None:
@@ -251,16 +266,13 @@ def _decode(job: _Job, store: FrameStore | None) -> Iterator[Frames]:
             store = stack.enter_context(open_store(folder, job.plan, job.dtype, {}, False))
         read = 0
         for index, part in enumerate(parts):
-            if min(store.done) > read:
+            yield from _read(store, read, min(store.done))
+            read = min(store.done)
+            for frames in _decode_part(job, part, store.done[index], bar):
+                store.append(index, frames)
                 yield from _read(store, read, min(store.done))
                 read = min(store.done)
-            for _, frames in _decode_part(job, part, store.done[index]):
-                store.append(index, frames)
-                if min(store.done) > read:
-                    yield from _read(store, read, min(store.done))
-                    read = min(store.done)
-        if read < job.plan.frames:
-            yield from _read(store, read, job.plan.frames)
+        yield from _read(store, read, job.plan.frames)
 
 
 def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
@@ -268,13 +280,13 @@ def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
         yield store.read(first, min(first + 8, stop))
 
 
-def _decode_part(job: _Job, part: Part, done: int) -> Iterator[tuple[int, Frames]]:
-    """Checked frames of one part from its frame `done` on, each piece with its first frame."""
+def _decode_part(job: _Job, part: Part, done: int, bar: Any) -> Iterator[Frames]:
+    """Checked frames of one part from its frame `done` on."""
     assert part.window.frames
     scale = job.decoder.config.temporal_scale
     pace = Pace(job.plan.latent_frames_per_step, job.plan.max_chunk_frames)
     origin, stop = part.window.frames.start, part.window.frames.stop
-    failed_at, start = -1, origin + done
+    failed_at, start, may_grow = -1, origin + done, job.plan.limited_by == MEMORY
     while start < stop:
         began = time.perf_counter()
         for piece in _stream(job, part, start, pace):
@@ -282,13 +294,15 @@ def _decode_part(job: _Job, part: Part, done: int) -> Iterator[tuple[int, Frames
             del piece
             if faults:
                 break
-            yield start - origin, frames
+            yield frames
             start += len(frames)
-            _correct(pace, job, len(frames), time.perf_counter() - began)
+            may_grow = _correct(pace, job, len(frames), time.perf_counter() - began, may_grow)
+            bar.set_postfix_str(f"peak {format_bytes(job.meter.highest)}", refresh=False)
+            bar.update(len(frames))
             began = time.perf_counter()
         else:
             return
-        if failed_at == start or job.plan.tiling is not None:
+        if failed_at == start:
             names = ", ".join(f"{start + index} is {fault}" for index, fault in faults)
             raise ArithmeticError(
                 f"decoding failed twice: frame {names}; the {start - origin} frames before are sound. "
@@ -302,7 +316,7 @@ def _stream(job: _Job, part: Part, start: int, pace: Pace) -> Iterator[mx.array]
     """Pieces of one part from output frame `start` on."""
     assert part.window.frames
     decoder, latents, options = job.decoder, job.latents, job.options
-    if job.plan.tiling is not None:
+    if isinstance(job.plan.tiling, TilingConfig):
         return _skip(decoder.stream_tiled(latents, job.plan.tiling, **options), start)
     window = replace(part.window, frames=slice(start, part.window.frames.stop))
     if part.latents is None:
@@ -339,14 +353,21 @@ def _finish(piece: mx.array, bits: int) -> tuple[Frames, list[tuple[int, str]]]:
     return np.stack(finished), faults
 
 
-def _correct(pace: Pace, job: _Job, frames: int, seconds: float) -> None:
-    """Adapts the chunks to what was measured, once they have reached their steady size."""
-    scale = job.decoder.config.temporal_scale
-    if frames < pace.limit(scale) or job.plan.tiling is not None:
-        return
+def _correct(pace: Pace, job: _Job, frames: int, seconds: float, may_grow: bool) -> bool:
+    """Adapts the chunks to what was measured, once they have reached their steady size.
+
+    Returns:
+        Whether they may still grow, which they do once.
+    """
+    plan, scale = job.plan, job.decoder.config.temporal_scale
+    used = job.meter.read()
+    if frames < pace.limit(scale) or isinstance(plan.tiling, TilingConfig):
+        return may_grow
     layers = len(list(job.decoder.config.layers()))
-    slow = mx.default_device().type == mx.DeviceType.gpu and seconds / layers > EVALUATION_SECONDS
-    if slow or peak_bytes() > job.plan.memory_limit:
+    slow = plan.backend != "cpu" and seconds / layers > EVALUATION_SECONDS
+    if slow or used > plan.memory_limit:
         pace.halve(scale)
-        mx.clear_cache()
-        mx.reset_peak_memory()
+        job.meter.restart()
+    elif may_grow and 2 * used - plan.weight_bytes - plan.state_bytes <= plan.memory_limit:
+        pace.double(scale)
+    return False

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.plan import DecodePlan, Part
+from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.streaming import Window
 
@@ -55,7 +57,12 @@ class FrameStore:
 
     @classmethod
     def create(
-        cls, folder: Path, plan: DecodePlan, dtype: np.dtype[Any], fingerprint: dict[str, str]
+        cls,
+        folder: Path,
+        plan: DecodePlan,
+        dtype: np.dtype[Any],
+        fingerprint: dict[str, str],
+        copies: int = 1,
     ) -> FrameStore:
         """Starts a store.
 
@@ -63,13 +70,13 @@ class FrameStore:
             OSError: If the disk has no room for the frames.
         """
         shape = (plan.frames, *plan.size, 3)
-        needed = int(np.prod(shape)) * dtype.itemsize
+        needed = copies * int(np.prod(shape)) * dtype.itemsize
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC, f"the decoded frames need {needed} bytes, the disk has {free} free", str(folder)
             )
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         store = cls(folder, plan.parts, [0] * len(plan.parts), shape, dtype, fingerprint)
         store._write_journal()
         return store
@@ -91,7 +98,7 @@ class FrameStore:
             begun = dict(told["fingerprint"])
             size = (folder / "frames").stat().st_size
             frame_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-            if len(done) != len(parts) or size < (min(done) - 1) * frame_bytes:
+            if len(done) != len(parts) or size < min(done) * frame_bytes:
                 raise ValueError(f"{size} bytes of frames for {done} finished ones")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -100,8 +107,9 @@ class FrameStore:
         changed = sorted(name for name in fingerprint | begun if begun.get(name) != fingerprint.get(name))
         if changed or shape != (plan.frames, *plan.size, 3):
             raise ValueError(
-                f"a decode can only be resumed with what it was begun with, but {', '.join(changed) or 'size'} "
-                f"differs from {journal}; delete {folder} to decode from the beginning"
+                "a decode can only be resumed with what it was begun with, but "
+                f"{', '.join(changed) or 'size'} differs from {journal}; "
+                f"delete {folder} to decode from the beginning"
             )
         return cls(folder, parts, done, shape, dtype, fingerprint)
 
@@ -122,8 +130,8 @@ class FrameStore:
 
     def read(self, start: int, stop: int) -> Frames:
         """Frames start to stop - 1, which all parts must have finished."""
-        count = int(np.prod(self._shape[1:]))
-        data = os.pread(self._file, (stop - start) * count * self._dtype.itemsize, start * count * self._dtype.itemsize)
+        frame_bytes = int(np.prod(self._shape[1:])) * self._dtype.itemsize
+        data = os.pread(self._file, (stop - start) * frame_bytes, start * frame_bytes)
         return np.frombuffer(data, self._dtype).reshape(stop - start, *self._shape[1:])
 
     def close(self) -> None:
@@ -149,12 +157,11 @@ def fingerprint_of(decoder: VideoDecoder, latents: mx.array, **settings: object)
     """Hashes of what decides the frames of a decode, by name."""
     weights = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(decoder.parameters())).items()):
-        weights.update(name.encode())
-        weights.update(memoryview(np.array(value.reshape(-1).view(mx.uint8))))
+        weights.update(name.encode() + _hash(value))
     defaults = {"timestep": decoder.decode_timestep, "noise_scale": decoder.decode_noise_scale}
     settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
     return {
-        "latents": hashlib.sha256(np.array(mx.contiguous(latents).reshape(-1).view(mx.uint8))).hexdigest(),
+        "latents": _hash(latents).hex(),
         "latent dtype": str(latents.dtype),
         "weights": weights.hexdigest(),
         "config": repr(decoder.config),
@@ -162,8 +169,14 @@ def fingerprint_of(decoder: VideoDecoder, latents: mx.array, **settings: object)
     }
 
 
-def _write_all(file: int, data: Frames, offset: int) -> None:
-    view = memoryview(np.ascontiguousarray(data)).cast("B")
+def _hash(array: mx.array) -> bytes:
+    data: Any = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    return hashlib.sha256(data).digest()
+
+
+def _write_all(file: int, data: Any, offset: int) -> None:
+    contiguous: Any = np.ascontiguousarray(data)
+    view = memoryview(contiguous).cast("B")
     while view:
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
@@ -196,20 +209,29 @@ def open_store(
     dtype: np.dtype[Any],
     fingerprint: dict[str, str],
     resume: bool,
-) -> Any:
+    copies: int = 1,
+) -> Iterator[FrameStore]:
     """The store of a decode: continued, or new. An exception leaves it, if it holds any frame.
+
+    Args:
+        folder, plan, dtype, fingerprint: As `FrameStore.create` and `reopen`.
+        resume: Continues the store that is there, if there is one.
+        copies: How many times the frames will lie on the disk.
 
     Raises:
         FileExistsError: If there is one already and it is not to be resumed.
     """
-    if folder.exists() and not resume:
+    begun = (folder / "journal.json").exists()
+    if begun and not resume:
         raise FileExistsError(
             errno.EEXIST,
             "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
             str(folder),
         )
-    make = FrameStore.reopen if folder.exists() else FrameStore.create
-    store = make(folder, plan, dtype, fingerprint)
+    if begun:
+        store = FrameStore.reopen(folder, plan, dtype, fingerprint)
+    else:
+        store = FrameStore.create(folder, plan, dtype, fingerprint, copies)
     finished = False
     try:
         yield store

@@ -370,5 +370,6 @@ class VideoDecoder(nn.Module):
             raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
         if self.config.spatial_padding_mode == "reflect" and min(latents.shape[3:]) < 2:
             raise ValueError(
-                f"a decoder that pads by reflection needs latents 2 high and 2 wide, got {latents.shape}"
+                "a decoder that pads by reflection needs latents at least 2 high and wide, "
+                f"got {latents.shape}"
             )

@@ -52,7 +52,7 @@ def pad_spatially(x: mx.array, source: Region, output: Region, padding: PaddingM
     for axis, (before, after) in ((2, rows), (3, columns)):
         # Not mx.pad's own reflection, which wraps silently where an axis is too short.
         second, last_but_one = (mx.take(x, mx.array([i]), axis=axis) for i in (1, x.shape[axis] - 2))
-        x = mx.concatenate([second] * before + [x] + [last_but_one] * after, axis=axis)
+        x = computed(mx.concatenate([second] * before + [x] + [last_but_one] * after, axis=axis))
     return x
 
 

@@ -94,6 +94,13 @@ class Pace:
         """Most frames of a chunk at a level of this many frames per latent frame."""
         return min(self.latent_frames * scale, self.max_chunk_frames or self.latent_frames * scale)
 
+    def double(self, scale: int) -> None:
+        """Doubles the chunks of the last level, whose frames per latent frame are `scale`."""
+        if self.max_chunk_frames is None:
+            self.latent_frames *= 2
+        else:
+            self.max_chunk_frames = 2 * self.max_chunk_frames if 2 * self.max_chunk_frames < scale else None
+
     def halve(self, scale: int) -> None:
         """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
         if self.latent_frames > 1:

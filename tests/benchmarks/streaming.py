@@ -8,23 +8,11 @@ from statistics import median
 import mlx.core as mx
 from common import Measurement, measure, parse_quick, print_ratios
 
-from mlx_vae_tiling.vae.config import DecoderConfig, ResBlocks, Upsample
+from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.streaming import FrameQueue
 
-LTX_2_3 = DecoderConfig(
-    decoder_blocks=(
-        ResBlocks(2),
-        Upsample((2, 2, 2), multiplier=2),
-        ResBlocks(2),
-        Upsample((2, 2, 2), multiplier=1),
-        ResBlocks(4),
-        Upsample((2, 1, 1), multiplier=2),
-        ResBlocks(6),
-        Upsample((1, 2, 2), multiplier=2),
-        ResBlocks(4),
-    )
-)
 Level = tuple[int, int, int]
 
 
@@ -54,36 +42,51 @@ def drain(decoder: VideoDecoder, latents: mx.array, step: int = 1) -> None:
         del piece
 
 
+def random_decoder(width: int) -> VideoDecoder:
+    """LTX-2.3 at a part of its width, with random weights."""
+    config = replace(PUBLISHED["LTX-2.3 / 2.5"], base_channels=width, latent_channels=width)
+    decoder = VideoDecoder(config).init_random()
+    mx.eval(decoder.parameters())
+    return decoder
+
+
+def random_latents(decoder: VideoDecoder, frames: int, height: int, width: int) -> mx.array:
+    latents = mx.random.normal((1, decoder.config.latent_channels, frames, height, width))
+    mx.eval(latents)
+    return latents
+
+
 def main() -> None:
     """Print the three tables."""
     quick = parse_quick(__doc__)
-    width, height_width, frame_counts, repeats = (
-        (8, (2, 3), (9, 17), 1) if quick else (16, (4, 6), (9, 17, 33, 65), 7)
-    )
-    config = replace(LTX_2_3, base_channels=width, latent_channels=width)
-    decoder = VideoDecoder(config).init_random()
-    mx.eval(decoder.parameters())
-    latents = [mx.random.normal((1, width, frames, *height_width)) for frames in frame_counts]
-    mx.eval(latents)
-    size = "x".join(str(32 * side) for side in reversed(height_width))
-    rows = {
-        f"{array.shape[2]} latent frames": measure(lambda array=array: drain(decoder, array))
-        for array in latents
-    }
-    print_ratios(f"Streaming at {size}, LTX-2.3 at 1/{128 // width} width", rows)
-
-    print()
-    print_ratios(f"{frame_counts[0]} latent frames at {size}, interleaved", compare(decoder, latents[0], repeats))
+    small = random_decoder(8 if quick else 16)
+    height, width = (2, 3) if quick else (4, 6)
+    rows = {}
+    for frames in (9, 17) if quick else (9, 17, 33, 65):
+        latents = random_latents(small, frames, height, width)
+        rows[f"{frames} latent frames"] = measure(lambda latents=latents: drain(small, latents))
+    print_ratios(f"Streaming at {describe(small, latents)}", rows)
 
     print(f"\n{'held between pieces':<28}{'measured':>14}{'formula':>14}")
-    stream = decoder.stream(latents[-1])
+    stream = small.stream(latents)
     for _ in range(2):
         mx.eval(next(stream))
-    measured, formula = held_bytes(), state_bytes(config, *height_width, itemsize=4)
+    measured, formula = held_bytes(), state_bytes(small.config, height, width, itemsize=4)
+    stream.close()
     for level in sorted(measured.keys() | formula.keys(), key=lambda level: (level[0], -level[2])):
         name = f"{level[0]}x{level[1]}, {level[2]} channels"
         print(f"{name:<28}{measured.get(level, 0):>12} B{formula.get(level, 0):>12} B")
-    print(f"{'total':<28}{sum(measured.values()):>12} B{sum(formula.values()):>12} B")
+    print(f"{'total':<28}{sum(measured.values()):>12} B{sum(formula.values()):>12} B\n")
+
+    large = small if quick else random_decoder(32)
+    latents = random_latents(large, 9, 2 * height, 2 * width)
+    title = f"9 latent frames at {describe(large, latents)}, in turn"
+    print_ratios(title, compare(large, latents, repeats=1 if quick else 3))
+
+
+def describe(decoder: VideoDecoder, latents: mx.array) -> str:
+    height, width = (decoder.config.spatial_scale * side for side in latents.shape[3:])
+    return f"{width}x{height}, LTX-2.3 at 1/{128 // decoder.config.base_channels} width"
 
 
 def compare(decoder: VideoDecoder, latents: mx.array, repeats: int) -> dict[str, Measurement]:

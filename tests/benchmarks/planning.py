@@ -1,0 +1,135 @@
+"""Predicted and measured peak of decodes under a budget, for shapes, budgets and dtypes.
+
+Random weights in the structures of LTX-2 and LTX-2.3 at small width. The measured peak is MLX's, less
+what it held before other than the decoder's weights: the latents, that is. The weights are in both.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_vae_tiling import DecodePlan, VideoDecoder, decode_frames, plan_decode
+from mlx_vae_tiling.vae.published import PUBLISHED
+
+
+class Case(NamedTuple):
+    """A version at a width, the frames, height and width of latents, a dtype and a budget."""
+
+    version: str
+    base_channels: int
+    size: tuple[int, int, int]
+    dtype: str
+    memory_limit: str
+
+
+class Result(NamedTuple):
+    """A plan and what running it took; both peaks are MLX's, in bytes."""
+
+    plan: DecodePlan
+    measured_bytes: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.plan.peak_bytes / self.measured_bytes
+
+
+QUICK = [
+    Case("LTX-2.3", 4, (9, 4, 5), "float32", "1GB"),
+    Case("LTX-2.3", 4, (9, 4, 5), "bfloat16", "3MB"),
+    Case("LTX-2", 4, (9, 4, 5), "float16", "4MB"),
+    Case("LTX-2.3", 4, (5, 5, 7), "float32", "3.2MB"),
+    Case("LTX-2", 4, (9, 3, 4), "bfloat16", "2.4MB"),
+    Case("LTX-2", 8, (9, 3, 4), "float32", "1GB"),
+]
+CASES = [
+    *QUICK,
+    Case("LTX-2.3", 8, (9, 9, 16), "float32", "60MB"),
+    Case("LTX-2.3", 8, (9, 9, 16), "bfloat16", "60MB"),
+    Case("LTX-2", 8, (9, 9, 16), "float16", "30MB"),
+    Case("LTX-2.3", 8, (5, 6, 9), "float32", "1GB"),
+    Case("LTX-2.3", 8, (5, 6, 9), "float32", "30MB"),
+    Case("LTX-2.3", 8, (5, 6, 9), "bfloat16", "30MB"),
+    Case("LTX-2.3", 8, (5, 6, 9), "float16", "9MB"),
+    Case("LTX-2", 8, (17, 4, 6), "float32", "25MB"),
+    Case("LTX-2", 8, (17, 4, 6), "bfloat16", "25MB"),
+    Case("LTX-2.3", 8, (33, 3, 3), "float32", "14MB"),
+    Case("LTX-2.3", 8, (33, 3, 3), "float16", "6MB"),
+    Case("LTX-2.3", 16, (9, 4, 6), "float32", "60MB"),
+    Case("LTX-2.3", 16, (9, 4, 6), "bfloat16", "22MB"),
+    Case("LTX-2", 16, (9, 4, 6), "float16", "60MB"),
+    Case("LTX-2", 16, (9, 6, 6), "bfloat16", "22MB"),
+    Case("LTX-2.3", 32, (5, 3, 4), "bfloat16", "1GB"),
+    Case("LTX-2", 32, (5, 3, 4), "float16", "80MB"),
+    Case("LTX-2.3", 4, (3, 9, 16), "float32", "6MB"),
+]
+
+
+def measure_case(case: Case) -> Result:
+    """Plan and run one decode."""
+    published = PUBLISHED[{"LTX-2": "LTX-2", "LTX-2.3": "LTX-2.3 / 2.5"}[case.version]]
+    config = replace(published, base_channels=case.base_channels, latent_channels=8)
+    decoder = VideoDecoder(config).init_random()
+    decoder.set_dtype(getattr(mx, case.dtype))
+    latents = mx.random.normal((1, decoder.config.latent_channels, *case.size)).astype(decoder.dtype)
+    mx.eval(decoder.parameters(), latents)
+    mx.synchronize()
+    mx.clear_cache()
+    plan = plan_decode(decoder, latents.shape, memory_limit=case.memory_limit)
+    start = time.perf_counter()
+    peak = _run(decoder, latents, plan)
+    return Result(plan, peak, time.perf_counter() - start)
+
+
+def _run(decoder: VideoDecoder, latents: mx.array, plan: DecodePlan) -> int:
+    weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
+    before = mx.get_active_memory() - weights
+    mx.reset_peak_memory()
+    peak = 0
+    for frames in decode_frames(decoder, latents, plan=plan):
+        del frames
+        # Read with each piece, as a correction of the chunk size starts MLX's count anew.
+        peak = max(peak, mx.get_peak_memory())
+    return max(peak, mx.get_peak_memory()) - before
+
+
+def print_row(case: Case, result: Result) -> None:
+    """Print a row of a Markdown table."""
+    plan = result.plan
+    chunk = f"{plan.latent_frames_per_step}" + (f", {plan.max_chunk_frames}" if plan.max_chunk_frames else "")
+    size = "x".join(str(length) for length in case.size)
+    print(
+        f"| {case.version} | {case.base_channels} | {size} | {case.dtype} | {len(plan.parts)} | {chunk} | "
+        f"{plan.memory_limit / 1e6:.1f} | {plan.peak_bytes / 1e6:.2f} | {result.measured_bytes / 1e6:.2f} | "
+        f"{result.ratio:.3f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="six rows")
+    cases = QUICK if parser.parse_args().quick else CASES
+    print("| version | channels | latents | dtype | windows | chunk | budget | predicted | measured | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    ratios, shares, seconds = [], [], 0.0
+    for case in cases:
+        result = measure_case(case)
+        print_row(case, result)
+        ratios.append(result.ratio)
+        shares.append(result.measured_bytes / result.plan.memory_limit)
+        seconds += result.seconds
+    print(
+        f"\n{len(cases)} rows in {seconds:.0f} s: predicted over measured {min(ratios):.3f} to "
+        f"{max(ratios):.3f}, at most {100 * max(shares):.0f} % of the budget used "
+        f"({mx.default_device()}, mlx {mx.__version__})"
+    )
+
+
+if __name__ == "__main__":
+    main()
