@@ -82,8 +82,13 @@ class DecodePlan:
         return tuple(part.window for part in self.parts)
 
     @property
+    def lasting_bytes(self) -> int:
+        """What does not depend on the size of chunks: weights and state."""
+        return self.weight_bytes + self.state_bytes
+
+    @property
     def chunk_bytes(self) -> int:
-        return self.peak_bytes - self.weight_bytes - self.state_bytes
+        return self.peak_bytes - self.lasting_bytes
 
     @property
     def fits(self) -> bool:

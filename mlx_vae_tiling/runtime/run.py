@@ -368,6 +368,6 @@ def _correct(pace: Pace, job: _Job, frames: int, seconds: float, may_grow: bool)
     if slow or used > plan.memory_limit:
         pace.halve(scale)
         job.meter.restart()
-    elif may_grow and 2 * used - plan.weight_bytes - plan.state_bytes <= plan.memory_limit:
+    elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
         pace.double(scale)
     return False

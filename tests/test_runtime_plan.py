@@ -1,0 +1,268 @@
+"""What a plan says is what happens, and what it cuts is the whole output, once."""
+
+import math
+import random
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from planning import QUICK, measure_case
+from vae_cases import (
+    LTX_2_3,
+    VERSIONS,
+    expected_operations,
+    operations,
+    random_latents,
+    recorded_convolutions,
+    small_decoder,
+)
+
+from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan_decode
+from mlx_vae_tiling.runtime.cost import CostModel, Part
+from mlx_vae_tiling.runtime.plan import ARRAY_ELEMENTS
+from mlx_vae_tiling.tiling import SpatialTilingConfig
+from mlx_vae_tiling.vae.streaming import CENTRED, Pace
+
+FULL_HD = (1, 128, 16, 34, 60)
+TILES = TilingConfig(SpatialTilingConfig(64, 32))
+WINDOWS = [
+    Window(),
+    Window(frames=slice(5, 12)),
+    Window(height=slice(31, 130), width=slice(1, 97)),
+    Window(slice(3, 4), slice(100, 101), slice(63, 129)),
+]
+
+
+def counted(decoder, latents, plan):
+    with recorded_convolutions(decoder) as calls:
+        for _ in decode_frames(decoder, latents, plan=plan):
+            pass
+    return operations(calls)
+
+
+def limit_for(decoder, shape, windows):
+    """A budget, in steps of 2 %, with which the plan has at least this many windows."""
+    limit = plan_decode(decoder, shape, memory_limit="1GB").peak_bytes
+    while len((plan := plan_decode(decoder, shape, memory_limit=limit)).parts) < windows:
+        assert plan.fits
+        limit = int(limit * 0.98)
+    return limit
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("version", ["0.9.1", "ltx-2", "ltx-2.3"])
+def test_operations_are_those_counted(version, window):
+    decoder = small_decoder(version)
+    latents = random_latents(decoder, 1, 3, 5, 5)
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", window=window)
+    assert counted(decoder, latents, plan) == plan.operations
+    assert plan.operations == expected_operations(decoder.config, latents.shape, window)
+    assert plan.recompute == 1.0 and len(plan.parts) == 1
+
+
+@pytest.mark.parametrize("version", ["ltx-2", "ltx-2.3"])
+def test_operations_of_windows_are_those_counted(version):
+    decoder = small_decoder(version)
+    latents = random_latents(decoder, 1, 2, 6, 5)
+    plan = plan_decode(decoder, latents.shape, memory_limit=limit_for(decoder, latents.shape, 2))
+    expected = [expected_operations(decoder.config, latents.shape, window) for window in plan.windows]
+    assert len(expected) >= 2
+    assert counted(decoder, latents, plan) == plan.operations == sum(expected)
+    assert plan.recompute == plan.operations / expected_operations(decoder.config, latents.shape) > 1
+
+
+def test_operations_of_a_halo_and_of_blended_tiles_are_those_counted():
+    decoder = small_decoder("ltx-2.3")
+    latents = random_latents(decoder, 1, 2, 6, 5)
+    limit = limit_for(decoder, latents.shape, 2)
+    exact = plan_decode(decoder, latents.shape, memory_limit=limit)
+    halo = plan_decode(decoder, latents.shape, memory_limit=limit, tiling=1)
+    blended = plan_decode(decoder, latents.shape, memory_limit="1GB", tiling=TILES)
+    for plan in (halo, blended):
+        assert counted(decoder, latents, plan) == plan.operations
+    assert 1 < halo.recompute < exact.recompute
+    assert blended.recompute > 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_parts_cover_the_output_once(seed):
+    """Odd sizes, windows of any pixels, exact and with a halo."""
+    draw = random.Random(seed)
+    config = small_decoder(draw.choice(VERSIONS)).config
+    shape = (1, config.latent_channels, draw.randint(1, 5), draw.randint(2, 9), draw.randint(2, 9))
+    size = 8 * (shape[2] - 1) + 1, 32 * shape[3], 32 * shape[4]
+    window = Window(*(slice(*sorted(draw.sample(range(length + 1), 2))) for length in size))
+    window = draw.choice([window, Window()])
+    halo = draw.choice([None, 0, 1, 3])
+    limit = draw.choice([10**4, 10**6, 3 * 10**6, 10**7])
+    plan = plan_decode(config, shape, memory_limit=limit, tiling=halo, window=window)
+    covered = np.zeros(size, np.uint8)
+    for part in plan.parts:
+        box = part.window.frames, part.window.height, part.window.width
+        covered[box] += 1
+        if part.latents is not None:
+            assert halo is not None
+            for pixels, latents, length in zip(box[1:], part.latents, shape[3:], strict=True):
+                assert latents.start * 32 <= pixels.start and pixels.stop <= latents.stop * 32
+                assert 0 <= latents.start and latents.stop <= length
+                if config.spatial_padding_mode == "reflect":
+                    assert latents.stop - latents.start >= 2
+    whole = window.region(*size)
+    expected = np.zeros(size, np.uint8)
+    expected[tuple(slice(span.start, span.stop) for span in whole)] = 1
+    assert (covered == expected).all()
+    assert plan.frames == whole.time.length and plan.size == (whole.height.length, whole.width.length)
+
+
+def test_inner_cuts_lie_between_latents():
+    plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="3GB", window=Window(height=slice(17, 1003)))
+    cuts = {w.height.start for w in plan.windows} | {w.width.start for w in plan.windows}
+    assert len(plan.parts) > 1
+    assert all(cut % 32 == 0 for cut in cuts - {17})
+
+
+@pytest.mark.parametrize("tiling", [None, 4])
+def test_fewest_windows_then_the_largest_chunk(tiling):
+    """Less memory never gives fewer windows, nor larger chunks with as many."""
+    before = None
+    for limit in np.geomspace(60e9, 1e9, 16):
+        plan = plan_decode(LTX_2_3, FULL_HD, memory_limit=float(limit), tiling=tiling)
+        assert plan.fits == (plan.peak_bytes <= limit)
+        chunk = plan.latent_frames_per_step, plan.max_chunk_frames or math.inf
+        if before and plan.fits:
+            assert len(plan.parts) >= before[0]
+            assert len(plan.parts) > before[0] or chunk <= before[1]
+        before = len(plan.parts), chunk
+    assert not plan.fits
+
+
+def test_as_few_windows_as_fit():
+    """The grids with fewer windows need more than the budget even with the smallest chunk."""
+    plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="2GB")
+    model = CostModel(LTX_2_3, FULL_HD, mx.bfloat16, "cpu", CENTRED)
+    heights = [slice(544 * i, 544 * (i + 1)) for i in range(2)]
+    bands = [Part(Window(slice(0, 121), height, slice(0, 1920))) for height in heights]
+    assert len(plan.parts) > 2
+    assert model.weight_bytes + max(model.cost(band, 1, 1).total for band in bands) > plan.memory_limit
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit", "limited_by"),
+    [
+        ((1, 128, 3, 4, 4), "1TB", "the number of latent frames"),
+        ((1, 128, 100, 34, 60), "1TB", "what is useful"),
+        ((1, 128, 100, 34, 60), "4GB", "the memory limit"),
+        ((1, 128, 100, 4, 4), "2GB", "the memory limit"),
+        ((1, 128, 100, 136, 240), "1TB", "2**31 elements per array"),
+    ],
+)
+def test_limited_by(shape, limit, limited_by):
+    plan = plan_decode(LTX_2_3, shape, memory_limit=limit)
+    assert plan.limited_by == limited_by
+    assert limited_by in str(plan)
+
+
+def test_no_array_reaches_2_to_the_31_elements():
+    shape = (1, 128, 100, 136, 240)
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB")
+    model = CostModel(LTX_2_3, shape, mx.bfloat16, "cpu", CENTRED)
+    pace = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
+    pace.double(8)
+    costs = [model.cost(p, plan.latent_frames_per_step, plan.max_chunk_frames) for p in plan.parts]
+    larger = [model.cost(p, pace.latent_frames, pace.max_chunk_frames) for p in plan.parts]
+    assert max(c.elements for c in costs) < ARRAY_ELEMENTS <= max(c.elements for c in larger)
+
+
+def test_state_is_two_frames_of_the_input_of_every_convolution():
+    plan = plan_decode(LTX_2_3, (1, 128, 100, 34, 60), memory_limit="1TB", dtype=mx.bfloat16)
+    scale, elements = 1, 0
+    for layer in LTX_2_3.layers():
+        elements += 2 * layer.in_channels * 34 * 60 * scale**2
+        scale *= layer.stride[1]
+    latents = 4 * math.prod(plan.latent_shape)
+    assert plan.state_bytes == 2 * elements + latents
+    assert plan.weight_bytes == 2 * LTX_2_3.parameters
+
+
+def test_latency_to_the_first_frame():
+    """The receptive field ahead of it, in latents, and for a causal decode nothing ahead."""
+    ahead = LTX_2_3.receptive_field[0]
+    plan = plan_decode(LTX_2_3, (1, 128, 40, 4, 4))
+    assert ahead < plan.latents_to_first_frame <= ahead + 2
+    assert plan_decode(LTX_2_3, (1, 128, 40, 4, 4), causal=True).latents_to_first_frame == 1
+    assert plan_decode(LTX_2_3, (1, 128, 5, 4, 4)).latents_to_first_frame == 5
+
+
+def test_a_halo_as_large_as_the_video_is_exact():
+    decoder = small_decoder("ltx-2.3")
+    shape = (1, decoder.config.latent_channels, 2, 6, 5)
+    limit = limit_for(decoder, shape, 2)
+    exact = plan_decode(decoder, shape, memory_limit=limit)
+    covering = plan_decode(decoder, shape, memory_limit=limit, tiling=6)
+    assert [part.latents for part in covering.parts] == [None] * len(covering.parts)
+    assert covering.operations == exact.operations and "exact" in str(covering)
+
+
+def test_parts_of_an_earlier_plan_are_kept():
+    small = plan_decode(LTX_2_3, FULL_HD, memory_limit="3GB")
+    large = plan_decode(LTX_2_3, FULL_HD, memory_limit="60GB", parts=small.parts)
+    assert large.parts == small.parts and large.operations == small.operations
+    assert large.latent_frames_per_step > small.latent_frames_per_step
+
+
+def test_str():
+    plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="6GB")
+    rows = dict(line.split(maxsplit=1) for line in str(plan).splitlines()[:-1])
+    assert list(rows) == ["output", "method", "chunk", "peak", "work", "first"]
+    assert "121 frames of 1920x1088" in rows["output"]
+    assert "exact, 1 window" in rows["method"]
+    assert f"{plan.peak_bytes / 1e9:.2f} GB of 6.00 GB" in rows["peak"]
+    assert "1.00x the whole decode" in rows["work"]
+    assert "after 15 of 16 latent frames" in rows["first"]
+    assert str(plan).endswith("bfloat16 on cpu")
+    halo = plan_decode(LTX_2_3, FULL_HD, memory_limit="3GB", tiling=4)
+    assert "approximate: windows see 4 latents around them" in str(halo)
+    assert "blended tiles" in str(plan_decode(LTX_2_3, FULL_HD, tiling=TILES))
+
+
+def test_where_nothing_fits_the_smallest_plan_is_told():
+    plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="100MB")
+    assert not plan.fits and plan.peak_bytes > plan.memory_limit
+    assert (plan.latent_frames_per_step, plan.max_chunk_frames) == (1, 1)
+    with pytest.raises(ValueError, match=r"no plan fits in 100.00 MB; the smallest needs 1\.\d\d GB, in \d+ w"):
+        plan.require_fit()
+    assert plan_decode(LTX_2_3, FULL_HD, memory_limit=plan.peak_bytes).fits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_shape": (1, 128, 3, 4)}, "latent_shape must be"),
+        ({"latent_shape": (1, 64, 3, 4, 4)}, r"\(B, 128, F, H, W\)"),
+        ({"latent_shape": (1, 128, 0, 4, 4)}, "without empty axes"),
+        ({"memory_limit": "8 apples"}, "memory must be"),
+        ({"tiling": -1}, "from 0 on, got -1"),
+        ({"tiling": TILES, "window": Window(slice(0, 3))}, "blended tiles decode all"),
+        ({"window": Window(slice(0, 3000))}, "window frames must be"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_decode(LTX_2_3, **{"latent_shape": FULL_HD, **options})
+
+
+def test_plans_are_values():
+    plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="6GB")
+    assert plan == plan_decode(LTX_2_3, FULL_HD, memory_limit="6GB")
+    assert isinstance(plan, DecodePlan) and replace(plan, peak_bytes=1).fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", QUICK)
+def test_predicted_peak(case):
+    """All of it counted in the code; the CPU evaluates every step, so that no thread's luck is in it."""
+    result = measure_case(case)
+    assert result.plan.fits
+    assert result.plan.peak_bytes == pytest.approx(result.measured_bytes, rel=0.15)
+    assert result.measured_bytes <= 1.05 * result.plan.memory_limit
