@@ -23,7 +23,7 @@ from vae_cases import (
 
 # Of the output's range, in float32. Measured: 0 with NumPy's BLAS; others may sum in another order.
 TOLERANCE = 1e-5
-SHAPES = [(1, 1, 3, 2), (2, 3, 2, 3), (1, 5, 3, 4)]
+SHAPES = [(1, 1, 3, 2), (2, 3, 2, 2), (1, 5, 2, 3)]
 PADDINGS = ["zeros", "reflect"]
 
 

@@ -26,7 +26,7 @@ from mlx_vae_tiling.vae.streaming import Window
 TOLERANCE = 1e-5
 # Batch, frames, height and width of the latents: long along one axis each, so that windows have inner
 # borders on both sides at every level.
-SHAPES = [(2, 3, 3, 2), (1, 16, 2, 2), (1, 2, 17, 2), (1, 2, 2, 17)]
+SHAPES = [(2, 3, 3, 2), (1, 16, 1, 2), (1, 1, 17, 2), (1, 1, 2, 17)]
 
 
 @lru_cache(maxsize=2)
@@ -45,7 +45,7 @@ def slices(draw, size, unit):
         None,
         slice(0, 1),
         slice(size - 1, None),
-        slice(None, unit),
+        slice(None, min(unit, size)),
         slice(max(size - unit, 0), size),
         slice(middle, middle + 1),
         slice(latent, min(latent + unit, size)),
@@ -58,7 +58,7 @@ def slices(draw, size, unit):
 def cases():
     draw = random.Random(1)
     for version, shape, causal in product(VERSIONS, SHAPES, (False, True)):
-        padding = draw.choice(["zeros", "reflect"])
+        padding = "zeros" if 1 in shape[2:] else draw.choice(["zeros", "reflect"])
         frames, height, width = 8 * (shape[1] - 1) + 1, 32 * shape[2], 32 * shape[3]
         for _ in range(3):
             window = Window(slices(draw, frames, 8), slices(draw, height, 32), slices(draw, width, 32))

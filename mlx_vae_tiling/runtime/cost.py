@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.config import DecoderConfig, Layer
-from mlx_vae_tiling.vae.streaming import Reach, Region, Window
+from mlx_vae_tiling.vae.streaming import Reach, Region, Span, Window
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,6 @@ class Cost(NamedTuple):
     @property
     def total(self) -> int:
         return self.state + self.chunk
-
-
-class _Chunk(NamedTuple):
-    """Elements in a layer: of the frames it holds, sees and gives, and of what a convolution reads."""
-
-    held: int
-    seen: int
-    padded: int
-    made: int
-    frame: int
 
 
 @dataclass(frozen=True)
@@ -123,45 +115,114 @@ class CostModel:
             cap: Most frames of a chunk in any layer; None for no bound.
         """
         regions = self.part_regions(part)
-        batch, size = self.latent_shape[0], self.dtype.size
-        tails = 2 if step < regions[0][0].time.length else 0
-        state, chunk, elements = 4 * math.prod(self.latent_shape), 0, 0
-        limit = arriving = step
-        layers = list(self.config.layers())
-        for index, (layer, (source, computed)) in enumerate(zip(layers, regions, strict=True)):
-            frames = min(limit, cap or limit, computed.time.length)
-            arriving = min(max(arriving, frames), source.time.length)
-            read = batch * source.height.length * source.width.length * layer.in_channels
-            padded = batch * (computed.height.length + 2) * (computed.width.length + 2) * layer.in_channels
-            frame = batch * computed.height.length * computed.width.length * layer.out_channels
-            counted = _Chunk(frames * read, (frames + 2) * read, (frames + 2) * padded, frames * frame, frame)
-            # A layer that is given more frames than it takes at a time keeps the rest.
-            state += (tails + arriving - frames) * read * size
-            chunk = max(chunk, self._chunk_bytes(layer, index, len(layers), counted))
-            elements = max(elements, counted.padded, counted.made)
-            limit, arriving = limit * layer.stride[0], frames * layer.stride[0]
-        return Cost(state, chunk, elements)
+        layers = tuple(self.config.layers())
+        played = play(layers, tuple((read.time, made.time) for read, made in regions), self.reach, step, cap)
+        size = self.dtype.size * self.latent_shape[0]
+        kept = np.array(
+            [
+                size * layer.in_channels * source.height.length * source.width.length
+                for layer, (source, _) in zip(layers, regions, strict=True)
+            ]
+        )
+        chunks = {chunk: self._chunk(chunk, layers, regions) for chunk in set(played.chunks)}
+        used = played.held @ kept + [chunks[chunk][0] for chunk in played.chunks]
+        state = int((played.between @ kept).max())
+        latents = 4 * math.prod(self.latent_shape)
+        elements = max(elements for _, elements in chunks.values())
+        return Cost(state + latents, int(used.max()) - state, elements)
 
-    def _chunk_bytes(self, layer: Layer, index: int, layers: int, chunk: _Chunk) -> int:
-        """Bytes alive while a layer computes, less the two frames kept of each of its inputs."""
-        size = self.dtype.size
-        held, seen, padded, made = (size * elements for elements in chunk[:4])
-        activated = seen
+    def _chunk(
+        self, chunk: tuple[int, int], layers: tuple[Layer, ...], regions: list[tuple[Region, Region]]
+    ) -> tuple[int, int]:
+        """Bytes that computing a chunk takes besides its input, and elements of the largest array."""
+        (index, frames), batch, size = chunk, self.latent_shape[0], self.dtype.size
+        layer, (source, computed) = layers[index], regions[index]
+        height, width = computed.height.length, computed.width.length
+        seen = batch * (frames + 2) * layer.in_channels
+        activated = seen * source.height.length * source.width.length
         if index == 0 or layer.stride != (1, 1, 1):
             activated = 0
-        elif index < layers - 1:
-            # The block's input, for the skip, as well as what its first convolution made of it.
-            held *= 2
+        padded = seen * (height + 2) * (width + 2)
+        made = batch * frames * height * width * layer.out_channels
         if self.backend != "cpu":
-            # Everything between two evaluations, with a copy of input and output for the folded form.
-            return held + 2 * activated + 2 * padded + 3 * made
-        convolving = held + activated + padded + 4 * chunk.made
+            # Everything between two evaluations, with copies of input and output for the folded form.
+            return size * (2 * activated + 2 * padded + 3 * made), max(padded, made)
+        convolving = size * (activated + padded) + 4 * made
+        settling = size * activated + 4 * made
         if size < 4:
             # The CPU computes in float32, on copies of input and weights.
-            convolving += 4 * chunk.padded + 4 * 27 * layer.in_channels * layer.out_channels
-        rounding = held + activated + 4 * chunk.made + made * (size < 4)
+            convolving += 4 * padded + 4 * 27 * layer.in_channels * layer.out_channels
+            settling += size * made
         if layer.stride != (1, 1, 1):
-            rounding = max(rounding, held + 3 * made)
-        elif index == layers - 1:
-            rounding = max(rounding, 2 * made, made + 4 * 4 * chunk.frame)
-        return max(convolving, rounding)
+            settling = max(settling, 3 * size * made)
+        elif index == len(layers) - 1:
+            # Its input gone, it is unpatchified; then one frame at a time is rounded, in float32.
+            gone = size * batch * frames * layer.in_channels * source.height.length * source.width.length
+            settling = max(settling, size * made + max(size * made, 16 * made // frames) - gone)
+        return max(convolving, settling), max(padded, made)
+
+
+class Played(NamedTuple):
+    """What a stream holds: frames by layer as each chunk is computed (layer, frames), and between pieces."""
+
+    chunks: tuple[tuple[int, int], ...]
+    held: np.ndarray[Any, np.dtype[Any]]
+    between: np.ndarray[Any, np.dtype[Any]]
+
+
+@lru_cache(maxsize=256)
+def play(
+    layers: tuple[Layer, ...], times: tuple[tuple[Span, Span], ...], reach: Reach, step: int, cap: int | None
+) -> Played:
+    """Plays the queues of a stream with numbers of frames in place of frames.
+
+    Args:
+        layers: The convolutions.
+        times: Frames that each of them reads and computes.
+        reach: Frames before and after that each of them sees.
+        step, cap: As `CostModel.cost`.
+    """
+    count = len(layers)
+    scales = np.cumprod([1, *(layer.stride[0] for layer in layers)]).tolist()
+    limits = [min(step * scale, cap or step * scale) for scale in scales]
+    plain = [0 < i < count - 1 and layer.stride == (1, 1, 1) for i, layer in enumerate(layers)]
+    # Of a residual block's two convolutions, the first one's input is kept for the skip of the second.
+    second = [plain[i] and sum(plain[:i]) % 2 == 1 for i in range(count)]
+    held, start, following = [0] * count, [read.start for read, _ in times], [made.start for _, made in times]
+    chunks, between = set(), set()
+
+    def release(i: int, wanted: int) -> None:
+        read, made = times[i]
+        first = read.stop if following[i] == made.stop else following[i] - reach[0]
+        surplus = min(max(min(first, wanted) - start[i], 0), held[i])
+        held[i] -= surplus
+        start[i] += surplus
+
+    def append(i: int, frames: int) -> None:
+        held[i] += frames
+        read, made = times[i]
+        received = start[i] + held[i]
+        known = made.stop if received == read.stop else min(received - reach[1], made.stop)
+        while (begin := following[i]) < known:
+            end = following[i] = min(known, begin + limits[i])
+            chunks.add(((i, end - begin), tuple(held)))
+            if second[i] or not plain[i]:
+                release(i, end)
+            if second[i]:
+                release(i - 1, end)
+            if i + 1 == count:
+                between.add(tuple(held))
+                continue
+            stride, following_read = layers[i].stride[0], times[i + 1][0]
+            bounds = (stride * x - stride + 1 for x in (begin, end))
+            low, high = (min(max(x, following_read.start), following_read.stop) for x in bounds)
+            if high > low:
+                append(i + 1, high - low)
+
+    read = times[0][0]
+    for begin in range(read.start, read.stop, step):
+        append(0, min(step, read.stop - begin))
+    ordered = list(chunks)
+    return Played(
+        tuple(chunk for chunk, _ in ordered), np.array([h for _, h in ordered]), np.array(list(between))
+    )

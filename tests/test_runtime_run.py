@@ -1,0 +1,461 @@
+"""Decoding within a budget: the right frames, checked, and nothing lost or left behind when it fails."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from itertools import islice
+from types import SimpleNamespace
+
+import av
+import mlx.core as mx
+import numpy as np
+import pytest
+from vae_cases import joined, random_latents, small_decoder
+
+from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
+from mlx_vae_tiling.runtime import run, store
+from mlx_vae_tiling.tiling import SpatialTilingConfig
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.streaming import Pace
+
+SIZE = (4, 5, 4)
+"""Latent frames, height and width of most tests: 25 frames of 128x160 pixels."""
+
+LIMITS = {"whole": "1GB", "streamed": 2_400_000, "windows": 1_900_000}
+"""For these latents and the LTX-2.3 decoder: one chunk, several, and several windows."""
+
+TILES = TilingConfig(SpatialTilingConfig(64, 32))
+
+
+@pytest.fixture
+def decoder():
+    return small_decoder("ltx-2.3")
+
+
+@pytest.fixture
+def latents(decoder):
+    return random_latents(decoder, 1, *SIZE)
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+def limits():
+    found = []
+    for set_limit in (mx.set_memory_limit, mx.set_cache_limit):
+        found.append(set_limit(1))
+        set_limit(found[-1])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def limits_come_back():
+    before = limits()
+    yield
+    assert limits() == before
+
+
+def frames_of(*args, **options):
+    return np.concatenate(list(decode_frames(*args, **options)))
+
+
+def assert_rounded(frames, video, bits=8):
+    """Equal to NumPy's float64 rounding, or off by one where that was a tie to float32's precision."""
+    x = np.array(video[0].astype(mx.float32), np.float64).transpose(1, 2, 3, 0)
+    exact = np.clip(x / 2 + 0.5, 0, 1) * (2**bits - 1)
+    assert frames.dtype == (np.uint8 if bits == 8 else np.uint16)
+    assert frames.shape == exact.shape
+    tie = np.abs(exact % 1 - 0.5) < 2**bits * 1e-6
+    wrong = frames != np.round(exact)
+    assert not (wrong & ~tie).any()
+    assert np.abs(frames - exact).max() < 0.5 + 2**bits * 1e-6
+    assert tie.mean() < 0.2
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_frames_are_those_of_the_whole_decode(decoder, latents, limit, bits):
+    plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS[limit])
+    assert plan.fits and (len(plan.parts) > 1) == (limit == "windows")
+    assert (plan.latent_frames_per_step == SIZE[0]) == (limit == "whole")
+    pieces = list(decode_frames(decoder, latents, memory_limit=LIMITS[limit], bits=bits))
+    assert (len(pieces) == 1) == (limit == "whole")
+    assert_rounded(np.concatenate(pieces), decoder(latents), bits)
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "0.9.5", "ltx-2"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_versions_and_dtypes(version, dtype):
+    decoder = VideoDecoder(small_decoder(version).config).init_random()
+    decoder.set_dtype(dtype)
+    latents = random_latents(decoder, 1, 3, 3, 4).astype(dtype)
+    expected = joined(decoder.stream(latents, seed=5, latent_frames_per_step=3))
+    assert_rounded(frames_of(decoder, latents, seed=5, memory_limit="1GB"), expected)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_windows_crop(decoder, latents, limit):
+    window = Window(slice(2, 17), slice(17, 150), slice(1, 127))
+    frames = frames_of(decoder, latents, window=window, memory_limit=LIMITS[limit])
+    assert_rounded(frames, decoder(latents)[:, :, 2:17, 17:150, 1:127])
+
+
+def test_a_halo_sees_as_many_latents_and_no_more(decoder, latents):
+    plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS["windows"], tiling=1)
+    assert len(plan.parts) > 1 and all(part.latents for part in plan.parts)
+    frames = frames_of(decoder, latents, plan=plan)
+    for part in plan.parts:
+        rows, columns = part.latents
+        crop = decoder(latents[..., rows, columns])
+        top, left = rows.start * 32, columns.start * 32
+        height, width = part.window.height, part.window.width
+        cut = crop[..., height.start - top : height.stop - top, width.start - left : width.stop - left]
+        assert_rounded(frames[:, height, width], cut)
+
+
+def test_blended_tiles(decoder, latents):
+    frames = frames_of(decoder, latents, tiling=TILES, memory_limit="1GB")
+    assert_rounded(frames, decoder.decode_tiled(latents, TILES))
+
+
+def test_progress_only_when_asked(decoder, latents, capfd):
+    for limit in LIMITS.values():
+        frames_of(decoder, latents, memory_limit=limit)
+    assert capfd.readouterr() == ("", "")
+    frames_of(decoder, latents, memory_limit=LIMITS["windows"], progress=True)
+    told = capfd.readouterr()
+    parts = len(plan_decode(decoder, latents.shape, memory_limit=LIMITS["windows"]).parts)
+    assert told.out == "" and f"{25 * parts}/{25 * parts}" in told.err and "peak" in told.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_limit": 1000}, r"no plan fits in 1.00 KB; the smallest needs .* windows: raise"),
+        ({"bits": 10}, "bits must be 8 or 16"),
+        ({"window": Window(slice(0, 99))}, "window frames"),
+        ({"noise_scale": 2.0}, "noise_scale"),
+    ],
+)
+def test_options_are_checked_at_once(decoder, latents, options, message):
+    with pytest.raises(ValueError, match=message):
+        decode_frames(decoder, latents, **options)
+
+
+def test_latents_and_plans_are_checked_at_once(decoder, latents):
+    poisoned = mx.array(latents)
+    poisoned[0, 3, 2, 1, 1] = float("inf")
+    with pytest.raises(ValueError, match=r"latents must be finite, got NaN or infinity .* frames \[2\]"):
+        decode_frames(decoder, poisoned)
+    with pytest.raises(ValueError, match="one video at a time, got a batch of 2"):
+        decode_frames(decoder, mx.concatenate([latents, latents]))
+    with pytest.raises(ValueError, match="the plan is for latents of shape"):
+        decode_frames(decoder, latents, plan=plan_decode(decoder, (1, latents.shape[1], 2, 5, 4)))
+
+
+FAULTS = {
+    "not finite": lambda x: mx.where(mx.arange(x.shape[-1]) == 5, float("nan"), x),
+    "of one single value": mx.zeros_like,
+}
+
+
+def break_frame(monkeypatch, frame, times, fault=FAULTS["not finite"], raises=None):
+    """Output frame `frame` is wrong the first `times` times that it is decoded; or an exception is raised."""
+    stream, left = VideoDecoder.stream, [times]
+
+    def broken(self, latents, window=None, **options):
+        if window is None:
+            return stream(self, latents, **options)
+
+        def pieces():
+            position = window.frames.start
+            for piece in stream(self, latents, window=window, **options):
+                inside = frame - position
+                position += piece.shape[2]
+                if 0 <= inside < piece.shape[2] and left[0]:
+                    left[0] -= 1
+                    if raises:
+                        raise raises
+                    wrong = fault(piece[:, :, inside : inside + 1])
+                    parts = [piece[:, :, :inside], wrong, piece[:, :, inside + 1 :]]
+                    piece = mx.concatenate([part.astype(piece.dtype) for part in parts], axis=2)
+                yield piece
+
+        return pieces()
+
+    monkeypatch.setattr(VideoDecoder, "stream", broken)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("fault", [*FAULTS.values(), lambda x: mx.full(x.shape, 0.3)])
+def test_a_fault_is_tried_again(decoder, latents, limit, fault, monkeypatch):
+    expected = decoder(latents)
+    break_frame(monkeypatch, 9, 1, fault)
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lasting_fault_is_told_after_the_frames_before_it(decoder, latents, fault, monkeypatch):
+    expected = decoder(latents)
+    break_frame(monkeypatch, 9, 99, FAULTS[fault])
+    pieces = decode_frames(decoder, latents, memory_limit=LIMITS["streamed"])
+    received = []
+    with pytest.raises(ArithmeticError, match=rf"frame 9 is {fault}; the \d frames before are sound") as told:
+        received.extend(pieces)
+    frames = np.concatenate(received)
+    assert f"the {len(frames)} frames" in str(told.value) and len(frames) <= 9
+    assert_rounded(frames, expected[:, :, : len(frames)])
+
+
+def test_small_frames_may_be_of_one_value(decoder):
+    latents = random_latents(decoder, 1, 2, 1, 1)
+    decoder = VideoDecoder(decoder.config)
+    decoder.load_weights([], strict=False)
+    assert (frames_of(decoder, latents) == 128).all()
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_consumer_that_raises_or_stops_leaves_nothing_behind(decoder, latents, limit, temporary_files):
+    before = limits()
+    with pytest.raises(KeyError):
+        for _ in decode_frames(decoder, latents, memory_limit=LIMITS[limit]):
+            assert limits() != before
+            raise KeyError
+    assert limits() == before and list(temporary_files.iterdir()) == []
+    pieces = decode_frames(decoder, latents, memory_limit=LIMITS[limit])
+    next(pieces)
+    pieces.close()
+    assert limits() == before and list(temporary_files.iterdir()) == []
+
+
+def written(decoder, latents, path, **options):
+    report = decode_to_file(decoder, latents, path, **options)
+    assert not path.with_name(path.name + ".partial").exists()
+    return report, np.load(path)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_file_and_report(decoder, latents, limit, tmp_path):
+    report, frames = written(decoder, latents, tmp_path / "out.npy", memory_limit=LIMITS[limit])
+    assert_rounded(frames, decoder(latents))
+    assert (report.path, report.frames, report.resumed_frames) == (str(tmp_path / "out.npy"), 25, 0)
+    assert report.plan == plan_decode(decoder, latents.shape, memory_limit=LIMITS[limit])
+    assert 0.5 * report.plan.peak_bytes < report.peak_bytes <= 1.05 * report.plan.memory_limit
+    assert report.footprint_bytes > report.peak_bytes and report.seconds > 0
+    assert "25 frames in" in str(report) and "predicted" in str(report)
+
+
+def test_prores_takes_sixteen_bits(decoder, latents, tmp_path, monkeypatch):
+    seen = []
+    finish = run._finish
+    monkeypatch.setattr(run, "_finish", lambda piece, bits: seen.append(bits) or finish(piece, bits))
+    decode_to_file(decoder, latents[:, :, :2], tmp_path / "out.MOV")
+    assert set(seen) == {16}
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_loses_nothing(decoder, latents, tmp_path, monkeypatch):
+    path, options = tmp_path / "out.npy", {"memory_limit": LIMITS["streamed"]}
+    expected = frames_of(decoder, latents, **options)
+    write, calls = os.pwrite, []
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "pwrite", lambda *a: full_disk() if len(calls) > 11 else calls.append(1) or write(*a))
+        with pytest.raises(OSError, match="No space left"):
+            decode_to_file(decoder, latents, path, **options)
+    kept = json.loads((tmp_path / "out.npy.partial" / "journal.json").read_text())["done"]
+    assert 0 < kept[0] <= 12
+    report, frames = written(decoder, latents, path, resume=True, **options)
+    assert report.resumed_frames == kept[0]
+    assert (frames == expected).all()
+
+
+def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoDecoder, "_pieces", None)
+    needed = 25 * 160 * 128 * 3
+    for suffix, copies in (("npy", 2), ("mp4", 1)):
+        free = SimpleNamespace(free=copies * needed - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: free)
+        # The stream checks its arguments first, and must not begin.
+        monkeypatch.setattr(VideoDecoder, "_pieces", lambda *given: iter(()))
+        with pytest.raises(OSError, match=f"need {copies * needed} bytes"):
+            decode_to_file(decoder, latents, tmp_path / f"out.{suffix}")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_a_path_that_cannot_be_written_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_decode", None)
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere" / "out.npy", tmp_path / "file" / "out.npy"):
+        with pytest.raises(OSError, match="no such directory"):
+            decode_to_file(decoder, latents, path)
+    with pytest.raises(ValueError, match="path must end in"):
+        decode_to_file(decoder, latents, tmp_path / "out.webm")
+
+
+def interrupted(decoder, latents, path, monkeypatch, frame=12, **options):
+    """A decode to `path` that was ended by Ctrl-C at a frame; returns its store's folder."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_frame(patch, frame, 1, raises=KeyboardInterrupt())
+        decode_to_file(decoder, latents, path, **{"memory_limit": LIMITS["streamed"], **options})
+    return path.with_name(path.name + ".partial")
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+@pytest.mark.parametrize("second_limit", LIMITS)
+def test_resume_gives_the_same_frames(decoder, latents, limit, second_limit, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    _, expected = written(decoder, latents, path, memory_limit=LIMITS[limit])
+    folder = interrupted(decoder, latents, path, monkeypatch, memory_limit=LIMITS[limit])
+    done = json.loads((folder / "journal.json").read_text())["done"]
+    assert max(done) > 0 and min(done) < 25
+    options = {"memory_limit": LIMITS[second_limit], "resume": True}
+    if limit == "streamed" and second_limit == "windows":
+        # One window was begun, and its state does not fit.
+        with pytest.raises(ValueError, match="no plan fits"):
+            decode_to_file(decoder, latents, path, **options)
+        return
+    report, frames = written(decoder, latents, path, **options)
+    assert report.resumed_frames == min(done)
+    assert (frames == expected).all()
+
+
+def test_ctrl_c_leaves_a_playable_file(decoder, latents, tmp_path, monkeypatch):
+    path = tmp_path / "out.mp4"
+    folder = interrupted(decoder, latents, path, monkeypatch)
+    done = json.loads((folder / "journal.json").read_text())["done"][0]
+    with av.open(path) as video:
+        assert sum(1 for _ in video.decode(video=0)) == done > 0
+    decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"], resume=True)
+    with av.open(path) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 25
+
+
+def test_resume_of_blended_tiles_and_of_a_halo(decoder, latents, tmp_path, monkeypatch):
+    tiling = TilingConfig.temporal_only(16, 8)
+    path, options = tmp_path / "out.npy", {"tiling": tiling, "memory_limit": "1GB"}
+    _, expected = written(decoder, latents, path, **options)
+    stream = VideoDecoder.stream_tiled
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(VideoDecoder, "stream_tiled", lambda *a, **o: (1 // (i < 1) and x for i, x in enumerate(stream(*a, **o))))
+        decode_to_file(decoder, latents, path, **options)
+    report, frames = written(decoder, latents, path, resume=True, **options)
+    assert report.resumed_frames > 0 and (frames == expected).all()
+    options = {"tiling": 1, "memory_limit": LIMITS["windows"]}
+    _, expected = written(decoder, latents, path, **options)
+    interrupted(decoder, latents, path, monkeypatch, **options)
+    _, frames = written(decoder, latents, path, resume=True, **options)
+    assert (frames == expected).all()
+
+
+def test_resume_without_an_earlier_decode_begins_one(decoder, latents, tmp_path):
+    (tmp_path / "out.npy.partial").mkdir()  # killed before the first journal
+    for _ in range(2):
+        report, _ = written(decoder, latents, tmp_path / "out.npy", resume=True, memory_limit="1GB")
+        assert report.resumed_frames == 0
+
+
+def test_an_earlier_decode_is_not_overwritten(decoder, latents, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    folder = interrupted(decoder, latents, path, monkeypatch)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}, path.read_bytes()
+    with pytest.raises(FileExistsError, match="resume it") as told:
+        decode_to_file(decoder, latents, path)
+    assert told.value.filename == str(folder)
+    assert ({file.name: file.read_bytes() for file in folder.iterdir()}, path.read_bytes()) == before
+
+
+def other_weights(decoder):
+    other = VideoDecoder(decoder.config).init_random(seed=1)
+    other.conv_out.conv.bias = other.conv_out.conv.bias + 1e-6
+    return other
+
+
+CHANGES = {
+    "latents": lambda d, x: (d, x + 1e-3, {}),
+    "latent dtype": lambda d, x: (d, x.astype(mx.bfloat16), {}),
+    "weights": lambda d, x: (other_weights(d), x, {}),
+    "seed": lambda d, x: (d, x, {"seed": 1}),
+    "normalized": lambda d, x: (d, x, {"normalized": False}),
+    "timestep": lambda d, x: (d, x, {"timestep": 0.1}),
+    "tiling": lambda d, x: (d, x, {"tiling": 2}),
+    "output": lambda d, x: (d, x, {"window": Window(slice(0, 20))}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_refuses_what_has_changed(decoder, latents, change, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    folder = interrupted(decoder, latents, path, monkeypatch)
+    other, changed, options = CHANGES[change](decoder, latents)
+    with pytest.raises(ValueError, match=f"begun with, but .*{change}.* differs from .*delete {folder}"):
+        decode_to_file(other, changed, path, resume=True, memory_limit=LIMITS["streamed"], **options)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda journal, frames: journal.write_text("{"),
+        lambda journal, frames: journal.write_bytes(b"\xff\xfe\x00"),
+        lambda journal, frames: journal.write_text("[1, 2]"),
+        lambda journal, frames: journal.write_text(journal.read_text().replace('"done"', '"gone"')),
+        lambda journal, frames: journal.write_text(journal.read_text().replace('"parts": [', '"parts": [[],')),
+        lambda journal, frames: frames.unlink(),
+        lambda journal, frames: os.truncate(frames, 1000),
+    ],
+)
+def test_a_damaged_store_is_refused(decoder, latents, damage, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    folder = interrupted(decoder, latents, path, monkeypatch)
+    damage(folder / "journal.json", folder / "frames")
+    with pytest.raises(ValueError, match=r"journal.json cannot be read \(.*\); delete .*out.npy.partial"):
+        decode_to_file(decoder, latents, path, resume=True, memory_limit=LIMITS["streamed"])
+
+
+def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, monkeypatch):
+    plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS["streamed"])
+    paces = record_paces(monkeypatch)
+    monkeypatch.setattr(run.PeakMeter, "read", lambda meter: plan.memory_limit + 1)
+    assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
+    assert paces[-1].limit(8) < plan.latent_frames_per_step * 8
+
+
+def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):
+    latents = random_latents(decoder, 1, 12, 2, 2)
+    plan = plan_decode(decoder, latents.shape, memory_limit="1.4MB")
+    assert plan.limited_by == "the memory limit"
+    paces = record_paces(monkeypatch)
+    monkeypatch.setattr(run.PeakMeter, "read", lambda meter: plan.lasting_bytes)
+    assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
+    expected = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
+    expected.double(8)
+    assert paces == [expected]
+
+
+def record_paces(monkeypatch):
+    paces = []
+    monkeypatch.setattr(run, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
+    return paces
+
+
+def test_memory_that_is_held_otherwise_does_not_count(decoder, latents):
+    plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS["streamed"])
+    other = mx.zeros(10**7)
+    mx.eval(other)
+    sizes = [len(piece) for piece in decode_frames(decoder, latents, plan=plan)]
+    del other
+    assert sizes == [len(piece) for piece in decode_frames(decoder, latents, plan=plan)]
+
+
+def test_frames_are_a_lazy_iterator(decoder, latents):
+    assert len(next(islice(decode_frames(decoder, latents, memory_limit=LIMITS["streamed"]), 1))) < 25
