@@ -29,7 +29,22 @@ AMOUNTS = [
     ("2TiB", 2 * 2**40),
     ("64b", 64),
 ]
-NONSENSE = ["", "GB", "8 XB", "-8GB", "8,5GB", "1e9", "8GB of it", 0, -1, 0.5, True, 2.0**63, "0GB", "9999999TB"]
+NONSENSE = [
+    "",
+    "GB",
+    "8 XB",
+    "-8GB",
+    "8,5GB",
+    "1e9",
+    "8GB of it",
+    0,
+    -1,
+    0.5,
+    True,
+    2.0**63,
+    "0GB",
+    "9999999TB",
+]
 NONSENSE += [float("nan"), float("inf"), None, [8]]
 
 
@@ -46,7 +61,14 @@ def test_nonsense_is_refused(amount):
 
 @pytest.mark.parametrize(
     ("amount", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (1.5e6, "1.50 MB"), (2**30, "1.07 GB"), (3e13, "30000.00 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 KB"),
+        (1.5e6, "1.50 MB"),
+        (2**30, "1.07 GB"),
+        (3e13, "30000.00 GB"),
+    ],
 )
 def test_format(amount, text):
     assert format_bytes(amount) == text

@@ -105,7 +105,7 @@ def test_parts_cover_the_output_once(seed):
             assert halo is not None
             for pixels, latents, length in zip(box[1:], part.latents, shape[3:], strict=True):
                 assert latents.start * 32 <= pixels.start and pixels.stop <= latents.stop * 32
-                assert 0 <= latents.start and latents.stop <= length
+                assert latents.start >= 0 and latents.stop <= length
                 if config.spatial_padding_mode == "reflect":
                     assert latents.stop - latents.start >= 2
     whole = window.region(*size)
@@ -126,7 +126,7 @@ def test_inner_cuts_lie_between_latents():
 def test_fewest_windows_then_the_largest_chunk(tiling):
     """Less memory never gives fewer windows, nor larger chunks with as many."""
     before = None
-    for limit in np.geomspace(60e9, 1e9, 16):
+    for limit in np.geomspace(60e9, 1.4e9, 8):
         plan = plan_decode(LTX_2_3, FULL_HD, memory_limit=float(limit), tiling=tiling)
         assert plan.fits == (plan.peak_bytes <= limit)
         chunk = plan.latent_frames_per_step, plan.max_chunk_frames or math.inf
@@ -230,7 +230,9 @@ def test_where_nothing_fits_the_smallest_plan_is_told():
     plan = plan_decode(LTX_2_3, FULL_HD, memory_limit="100MB")
     assert not plan.fits and plan.peak_bytes > plan.memory_limit
     assert (plan.latent_frames_per_step, plan.max_chunk_frames) == (1, 1)
-    with pytest.raises(ValueError, match=r"no plan fits in 100.00 MB; the smallest needs 1\.\d\d GB, in \d+ w"):
+    with pytest.raises(
+        ValueError, match=r"no plan fits in 100.00 MB; the smallest needs 1\.\d\d GB, in \d+ w"
+    ):
         plan.require_fit()
     assert plan_decode(LTX_2_3, FULL_HD, memory_limit=plan.peak_bytes).fits
 
