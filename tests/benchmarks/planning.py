@@ -115,10 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="six rows")
     cases = QUICK if parser.parse_args().quick else CASES
-    print(
-        "| version | channels | latents | dtype | windows | chunk | budget | predicted | measured | ratio | seconds |"
-    )
-    print("|" + "---|" * 11)
+    columns = "version channels latents dtype windows chunk budget predicted measured ratio seconds".split()
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     ratios, shares, seconds = [], [], 0.0
     for case in cases:
         result = measure_case(case)
