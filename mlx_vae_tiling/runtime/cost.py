@@ -156,9 +156,9 @@ class CostModel:
         if layer.stride != (1, 1, 1):
             settling = max(settling, 3 * size * made)
         elif index == len(layers) - 1:
-            # Its input gone, it is unpatchified; then one frame at a time is rounded, in float32.
+            # Its input gone, it is unpatchified, then checked and rounded frame by frame in float32.
             gone = size * batch * frames * layer.in_channels * source.height.length * source.width.length
-            settling = max(settling, size * made + max(size * made, 16 * made // frames) - gone)
+            settling = max(settling, size * made + max(size * made, 10 * made // frames) - gone)
         return max(convolving, settling), max(padded, made)
 
 

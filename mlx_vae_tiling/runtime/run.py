@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from mlx_vae_tiling.media.video import open_video
 from mlx_vae_tiling.runtime.cost import Part
@@ -244,6 +243,8 @@ def _replan(job: _Job, parts: tuple[Part, ...]) -> DecodePlan:
 
 def _with_progress(job: _Job, store: FrameStore | None, progress: bool) -> Generator[Frames]:
     """Several windows count each frame of each."""
+    from tqdm import tqdm
+
     parts = len(job.plan.parts)
     unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
     kept = 0 if store is None else sum(store.done)
