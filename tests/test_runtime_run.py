@@ -159,6 +159,8 @@ def test_latents_and_plans_are_checked_at_once(decoder, latents):
         decode_frames(decoder, mx.concatenate([latents, latents]))
     with pytest.raises(ValueError, match="the plan is for latents of shape"):
         decode_frames(decoder, latents, plan=plan_decode(decoder, (1, latents.shape[1], 2, 5, 4)))
+    with pytest.raises(ValueError, match="no plan fits"):
+        decode_frames(decoder, latents, plan=plan_decode(decoder, latents.shape, memory_limit=1000))
 
 
 FAULTS = {
@@ -283,7 +285,6 @@ def test_a_disk_that_fills_up_loses_nothing(decoder, latents, tmp_path, monkeypa
 
 
 def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(VideoDecoder, "_pieces", None)
     needed = 25 * 128 * 96 * 3
     for suffix, copies in (("npy", 2), ("mp4", 1)):
         free = SimpleNamespace(free=copies * needed - 1)

@@ -223,9 +223,9 @@ def _prepare(
         raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
     if plan is None:
         plan = plan_decode(decoder, latents.shape, memory_limit=memory_limit, tiling=tiling, window=window)
-        plan.require_fit()
     elif plan.latent_shape != tuple(latents.shape):
         raise ValueError(f"the plan is for latents of shape {plan.latent_shape}, got {latents.shape}")
+    plan.require_fit()
     weights = list(dict(tree_flatten(decoder.parameters())).values())
     mx.eval(weights)
     others = mx.get_active_memory() - sum(value.nbytes for value in weights)

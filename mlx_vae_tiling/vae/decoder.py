@@ -201,14 +201,12 @@ class VideoDecoder(nn.Module):
         Raises:
             ValueError: If noise_scale does not lie between 0 and 1.
         """
-        scale = self.decode_noise_scale if noise_scale is None else noise_scale
-        if not 0 <= scale <= 1:
-            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
+        scale = self._mixing_scale(noise_scale)
         shape = (1, -1, 1, 1, 1)
         statistics = self.per_channel_statistics
         mean, std = (a.astype(mx.float32).reshape(shape) for a in (statistics.mean, statistics.std))
         z = latents.astype(mx.float32)
-        if scale and self.config.timestep_conditioning:
+        if scale:
             z = z if normalized else (z - mean) / std
             noise = self._latent_noise(seed, z.shape)
             return (1 - scale) * z * std + scale * noise * std + mean
@@ -271,8 +269,13 @@ class VideoDecoder(nn.Module):
             timestep=timestep if self.config.timestep_conditioning else None,
             noise=self._noise_field(seed),
         )
-        prepared = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
-        return self._pieces(prepared, pixels, pace, setting, latents.dtype)
+        dtype = latents.dtype
+        # A noise field belongs to the latents as a whole; all else is prepared by the chunk.
+        if self._mixing_scale(noise_scale):
+            latents = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
+            normalized = False
+        prepare = partial(self.prepare_latents, noise_scale=0.0, normalized=normalized)
+        return self._pieces(latents, prepare, pixels, pace, setting, dtype)
 
     def regions(self, pixels: Region, causal: bool | None = None) -> list[Region]:
         """The latents that a region of the output needs, then what each layer makes of them."""
@@ -288,10 +291,17 @@ class VideoDecoder(nn.Module):
         return [self.conv_in, *self.up_blocks, self.conv_out]
 
     def _pieces(
-        self, prepared: mx.array, pixels: Region, pace: Pace, setting: Setting, dtype: mx.Dtype
+        self,
+        latents: mx.array,
+        prepare: Callable[[mx.array], mx.array],
+        pixels: Region,
+        pace: Pace,
+        setting: Setting,
+        dtype: mx.Dtype,
     ) -> Iterator[mx.array]:
         source, *regions = self.regions(pixels, setting.reach == CAUSAL)
-        chunks = self._latent_chunks(prepared, source, pace)
+        prepared = map(prepare, _latent_chunks(latents, source, pace))
+        chunks = (chunk.transpose(0, 2, 3, 4, 1).astype(self.dtype) for chunk in prepared)
         options: dict[str, Any] = {}
         scale = 1
         for layer, region in zip(self._layers(), regions, strict=True):
@@ -301,16 +311,6 @@ class VideoDecoder(nn.Module):
             if isinstance(layer, DepthToSpaceUpsample):
                 scale *= layer.stride[0]
         return self._finish(chunks, regions[-1], pixels, dtype)
-
-    def _latent_chunks(self, prepared: mx.array, source: Region, pace: Pace) -> Iterator[mx.array]:
-        """The latents of a region, channels-last."""
-        rows, columns = (slice(span.start, span.stop) for span in (source.height, source.width))
-        start = source.time.start
-        while start < source.time.stop:
-            stop = min(start + pace.latent_frames, source.time.stop)
-            chunk = prepared[:, :, start:stop, rows, columns].transpose(0, 2, 3, 4, 1)
-            start = stop
-            yield chunk.astype(self.dtype)
 
     def _finish(
         self, chunks: Iterator[mx.array], patches: Region, pixels: Region, dtype: mx.Dtype
@@ -329,6 +329,13 @@ class VideoDecoder(nn.Module):
             if len(waiting) > ahead:
                 yield waiting.pop(0)
         yield from waiting
+
+    def _mixing_scale(self, noise_scale: float | None) -> float:
+        """The share of noise that is mixed into the latents: 0 in versions without a timestep."""
+        scale = self.decode_noise_scale if noise_scale is None else noise_scale
+        if not 0 <= scale <= 1:
+            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
+        return scale if self.config.timestep_conditioning else 0.0
 
     def _latent_noise(self, seed: int, shape: tuple[int, ...]) -> mx.array:
         return mx.random.normal(shape, key=mx.random.split(mx.random.key(seed))[0])
@@ -373,3 +380,13 @@ class VideoDecoder(nn.Module):
                 "a decoder that pads by reflection needs latents at least 2 high and wide, "
                 f"got {latents.shape}"
             )
+
+
+def _latent_chunks(latents: mx.array, source: Region, pace: Pace) -> Iterator[mx.array]:
+    """The latents of a region, step by step."""
+    rows, columns = (slice(span.start, span.stop) for span in (source.height, source.width))
+    start = source.time.start
+    while start < source.time.stop:
+        stop = min(start + pace.latent_frames, source.time.stop)
+        yield latents[:, :, start:stop, rows, columns]
+        start = stop

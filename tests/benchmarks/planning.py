@@ -66,6 +66,10 @@ CASES = [
     Case("LTX-2", 16, (9, 4, 6), "float16", "60MB"),
     Case("LTX-2", 16, (5, 6, 6), "bfloat16", "27MB"),
     Case("LTX-2", 32, (3, 3, 4), "float16", "96MB"),
+    Case("LTX-2.3", 8, (9, 9, 16), "float32", "25MB"),
+    Case("LTX-2.3", 8, (5, 6, 9), "bfloat16", "6.2MB"),
+    Case("LTX-2", 4, (3, 9, 16), "float32", "7.5MB"),
+    Case("LTX-2", 8, (9, 6, 9), "float16", "8MB"),
 ]
 
 
