@@ -279,24 +279,30 @@ def _plan_chunks(
 
 
 def _plan_blended(model: CostModel, tiling: TilingConfig, budget: int) -> DecodePlan:
-    """Blended tiles: each decoded whole, plus the float32 buffers of one temporal group."""
-    config = model.config
+    """Blended tiles: each decoded whole, beside the float32 buffers that it is added to."""
+    config, (batch, channels) = model.config, model.latent_shape[:2]
     axes = plan_tiles(model.latent_shape, tiling, config.spatial_scale, config.temporal_scale)
     times, heights, widths = ([len(range(*tile.latents.indices(10**9))) for tile in axis] for axis in axes)
-    batch, channels = model.latent_shape[:2]
     shape = (batch, channels, max(times), max(heights), max(widths))
-    tile = replace(model, latent_shape=shape)
     whole = Part(Window())
-    cost = tile.cost(whole, shape[2], None)
-    pixels = batch * 3 * model.latent_shape[3] * model.latent_shape[4] * config.spatial_scale**2
-    buffers = 2 * 4 * pixels * (config.temporal_scale * (shape[2] - 1) + 1)
+    cost = replace(model, latent_shape=shape).cost(whole, shape[2], None)
+    frame_bytes = 4 * batch * config.out_channels * config.spatial_scale**2
+    frames = config.temporal_scale * (shape[2] - 1) + 1
+    tile, group = (frame_bytes * frames * h * w for h, w in (shape[3:], model.latent_shape[3:]))
+    shared = [max(one.output.stop - two.output.start, 0) for one, two in pairwise(axes.frames)]
+    carry = group // frames * max(shared, default=0)
+    waiting = group if len(heights) * len(widths) > 1 else carry
+    # In half precision a tile is there twice before it is converted to float32.
+    decoding = max(cost.total, 2 * tile)
+    blending = group + carry + 2 * tile if sum(map(len, axes)) > 3 else 0
+    largest = cost._replace(chunk=max(waiting + decoding, blending) - cost.state)
+    largest = largest._replace(state=cost.state + 4 * math.prod(model.latent_shape))
     operations = sum(
         replace(model, latent_shape=(batch, channels, t, h, w)).operations(whole)
         for t in times
         for h in heights
         for w in widths
     )
-    largest = cost._replace(chunk=cost.chunk + buffers)
     everything = model.pixels(whole.window)
     plan = _assemble(
         model,

@@ -331,9 +331,11 @@ def _stream(job: _Job, part: Part, start: int, pace: Pace) -> Iterator[mx.array]
 
 def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:
     for piece in pieces:
-        if piece.shape[2] > count:
-            yield piece[:, :, count:]
-        count = max(count - piece.shape[2], 0)
+        skipped = min(count, piece.shape[2])
+        count -= skipped
+        if skipped < piece.shape[2]:
+            yield piece[:, :, skipped:]
+        del piece
 
 
 def _finish(piece: mx.array, bits: int) -> tuple[Frames, list[tuple[int, str]]]:

@@ -179,7 +179,8 @@ class VideoDecoder(nn.Module):
 
         scales = self.config.spatial_scale, self.config.temporal_scale
         pieces = iter_decode_with_tiling(decode, prepared, tiling_config, *scales, debug=debug)
-        return (piece.astype(latents.dtype) for piece in pieces)
+        # Not a generator expression, which would keep each piece while the next is computed.
+        return map(lambda piece: piece.astype(latents.dtype), pieces)
 
     def prepare_latents(
         self,
