@@ -294,8 +294,11 @@ def _plan_blended(model: CostModel, tiling: TilingConfig, budget: int) -> Decode
     waiting = group if len(heights) * len(widths) > 1 else carry
     # In half precision a tile is there twice before it is converted to float32.
     decoding = max(cost.total, 2 * tile)
-    blending = group + carry + 2 * tile if sum(map(len, axes)) > 3 else 0
-    largest = cost._replace(chunk=max(waiting + decoding, blending) - cost.state)
+    blending = group + carry + tile if sum(map(len, axes)) > 3 else 0
+    starts = [*(one.output.start for one in axes.frames), axes.frames[-1].output.stop]
+    piece = group // frames * max(stop - start for start, stop in pairwise(starts))
+    converting = piece + piece // 2 * (model.dtype.size < 4) + carry + 3 * group // frames
+    largest = cost._replace(chunk=max(waiting + decoding, blending, converting) - cost.state)
     largest = largest._replace(state=cost.state + 4 * math.prod(model.latent_shape))
     operations = sum(
         replace(model, latent_shape=(batch, channels, t, h, w)).operations(whole)

@@ -12,18 +12,27 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling import DecodePlan, VideoDecoder, decode_frames, plan_decode
+from mlx_vae_tiling import (
+    DecodePlan,
+    SpatialTilingConfig,
+    TemporalTilingConfig,
+    TilingConfig,
+    VideoDecoder,
+    decode_frames,
+    plan_decode,
+)
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 
 class Case(NamedTuple):
-    """A version at a width, the frames, height and width of latents, a dtype and a budget."""
+    """A version at a width, the frames, height and width of latents, a dtype, a budget, and tiles."""
 
     version: str
     base_channels: int
     size: tuple[int, int, int]
     dtype: str
     memory_limit: str
+    tiling: TilingConfig | None = None
 
 
 class Result(NamedTuple):
@@ -38,6 +47,7 @@ class Result(NamedTuple):
         return self.plan.peak_bytes / self.measured_bytes
 
 
+TILES = TilingConfig(SpatialTilingConfig(128, 32), TemporalTilingConfig(32, 8))
 QUICK = [
     Case("LTX-2.3", 4, (9, 4, 5), "float32", "1GB"),
     Case("LTX-2.3", 4, (9, 4, 5), "bfloat16", "3MB"),
@@ -45,6 +55,7 @@ QUICK = [
     Case("LTX-2", 4, (9, 4, 5), "float16", "4MB"),
     Case("LTX-2", 4, (9, 3, 4), "bfloat16", "2.4MB"),
     Case("LTX-2", 8, (5, 3, 4), "float32", "1GB"),
+    Case("LTX-2", 4, (5, 5, 6), "bfloat16", "25MB", TILES),
 ]
 CASES = [
     *QUICK,
@@ -70,6 +81,8 @@ CASES = [
     Case("LTX-2.3", 8, (5, 6, 9), "bfloat16", "6.2MB"),
     Case("LTX-2", 4, (3, 9, 16), "float32", "7.5MB"),
     Case("LTX-2", 8, (9, 6, 9), "float16", "8MB"),
+    Case("LTX-2", 4, (9, 6, 8), "float32", "60MB", TILES),
+    Case("LTX-2.3", 8, (9, 6, 8), "bfloat16", "60MB", TilingConfig.temporal_only(32, 8)),
 ]
 
 
@@ -83,7 +96,7 @@ def measure_case(case: Case) -> Result:
     mx.eval(decoder.parameters(), latents)
     mx.synchronize()
     mx.clear_cache()
-    plan = plan_decode(decoder, latents.shape, memory_limit=case.memory_limit)
+    plan = plan_decode(decoder, latents.shape, memory_limit=case.memory_limit, tiling=case.tiling)
     start = time.perf_counter()
     peak = _run(decoder, latents, plan)
     return Result(plan, peak, time.perf_counter() - start)
@@ -105,9 +118,10 @@ def print_row(case: Case, result: Result) -> None:
     """Print a row of a Markdown table."""
     plan = result.plan
     chunk = f"{plan.latent_frames_per_step}" + (f", {plan.max_chunk_frames}" if plan.max_chunk_frames else "")
+    windows = "tiles" if case.tiling else len(plan.parts)
     size = "x".join(str(length) for length in case.size)
     print(
-        f"| {case.version} | {case.base_channels} | {size} | {case.dtype} | {len(plan.parts)} | {chunk} | "
+        f"| {case.version} | {case.base_channels} | {size} | {case.dtype} | {windows} | {chunk} | "
         f"{plan.memory_limit / 1e6:.1f} | {plan.peak_bytes / 1e6:.2f} | {result.measured_bytes / 1e6:.2f} | "
         f"{result.ratio:.3f} | {result.seconds:.1f} |",
         flush=True,
@@ -117,7 +131,7 @@ def print_row(case: Case, result: Result) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="six rows")
+    parser.add_argument("--quick", action="store_true", help="the first rows")
     cases = QUICK if parser.parse_args().quick else CASES
     columns = [
         "version",
