@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.backend import current_backend
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
@@ -28,8 +29,6 @@ from mlx_vae_tiling.vae.layers import (
 )
 from mlx_vae_tiling.vae.operations import activate, unpatchify
 from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Pace, Region, Window
-
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class PerChannelStatistics(nn.Module):
