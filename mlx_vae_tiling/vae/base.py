@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.backend import Backend, backend_of
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
@@ -17,7 +18,6 @@ from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Pace, Step, regions_of
 from mlx_vae_tiling.vae.stream import Stream
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 Timestep = float | Sequence[float] | mx.array
 
 
