@@ -6,6 +6,7 @@ when, and says, beside each, how much memory that takes.
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -75,6 +76,11 @@ class Backend:
         """Pieces that are being computed while the consumer has the last one."""
         return 1
 
+    @property
+    def longest_evaluation_seconds(self) -> float:
+        """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
+        return 1.0
+
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.
 
@@ -131,6 +137,10 @@ class CPUBackend(Backend):
     @property
     def pieces_ahead(self) -> int:
         return 0
+
+    @property
+    def longest_evaluation_seconds(self) -> float:
+        return math.inf
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
