@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
-from mlx_vae_tiling.runtime.memory import PeakMeter, format_bytes, memory_limits
+from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
@@ -122,7 +122,8 @@ class Job:
         origin, stop, _ = part.pixels.time
         failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
         while start < stop:
-            pieces, faults = self._stream(part, start, pace), []
+            pieces = self._stream(part, start, pace)
+            faults: list[tuple[int, str]] = []
             while start < stop and not faults:
                 began = time.perf_counter()
                 with self._limits():

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,

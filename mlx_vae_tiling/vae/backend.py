@@ -189,7 +189,7 @@ class CPUBackend(Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """Input and output in float32; in half precision also the input, and the output when it is rounded."""
+        """Input and output in float32; in half precision the input too, or the output when it is rounded."""
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:

@@ -75,7 +75,7 @@ class StreamingDecoder(nn.Module):
         return self
 
     def cast(self, dtype: mx.Dtype) -> None:
-        """Casts the weights in place, all but the statistics of the latents, which stay as they were stored."""
+        """Casts the weights in place, all but the statistics of the latents, which stay as they are stored."""
 
         def cast(name: str, value: mx.array) -> mx.array:
             return value if name.startswith("per_channel_statistics.") else value.astype(dtype)

@@ -113,10 +113,11 @@ class VideoDecoder(StreamingDecoder):
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not."""
         conditioned = self.config.timestep_conditioning
-        given = mx.array(self.decode_timestep if timestep is None else timestep, mx.float32).reshape(-1)
+        given: Any = self.decode_timestep if timestep is None else timestep
+        steps: Any = mx.array(given, mx.float32).reshape(-1).tolist()
         options = DecodeOptions(
             causal=self.config.causal if causal is None else causal,
-            timestep=tuple(given.tolist()) if conditioned else (),
+            timestep=tuple(steps) if conditioned else (),
             noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
             seed=seed,
             normalized=normalized,
