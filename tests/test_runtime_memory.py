@@ -122,6 +122,22 @@ def test_limits_are_set_and_restored(error):
     assert current_limits() == before
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
+def test_limits_that_interleave_are_restored_in_any_order(order):
+    """While some are left the youngest prevails; at the end everything is as before."""
+    before = current_limits()
+    open_scopes = {
+        number: memory_limits((number + 1) * 10**7, cache=(number + 1) * 10**6) for number in range(3)
+    }
+    for scope in open_scopes.values():
+        scope.__enter__()
+    for number in order:
+        open_scopes.pop(number).__exit__(None, None, None)
+        youngest = max(open_scopes, default=None)
+        expected = before if youngest is None else [(youngest + 1) * 10**7, (youngest + 1) * 10**6]
+        assert current_limits() == expected
+
+
 def test_limits_are_restored_when_one_is_refused():
     before = current_limits()
     with pytest.raises(ValueError, match="memory must be"), memory_limits("1GB", cache="much"):

@@ -94,6 +94,15 @@ class Backend:
         """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
         return 1.0
 
+    @property
+    def wires_memory(self) -> bool:
+        """Whether MLX can keep memory from being paged out."""
+        return self.name == "metal"
+
+    def device_memory(self) -> dict[str, int | str] | None:
+        """What MLX says of the device's memory; None where it is the machine's."""
+        return mx.device_info()
+
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.
 
@@ -156,6 +165,9 @@ class CPUBackend(Backend):
     @property
     def longest_evaluation_seconds(self) -> float:
         return math.inf
+
+    def device_memory(self) -> None:
+        return None
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""

@@ -75,7 +75,7 @@ class StreamingDecoder(nn.Module):
         return self
 
     def cast(self, dtype: mx.Dtype) -> None:
-        """Casts the weights in place, all but the statistics of the latents, which stay as they are stored."""
+        """Casts the weights in place, all but the statistics of the latents, which stay as stored."""
 
         def cast(name: str, value: mx.array) -> mx.array:
             return value if name.startswith("per_channel_statistics.") else value.astype(dtype)
@@ -336,7 +336,8 @@ class StreamingDecoder(nn.Module):
         noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
-            return self.decode_whole(tile, options, noise.at(position), backend)
+            # In float32, in which tiles are blended.
+            return self.decode_whole(tile.astype(mx.float32), options, noise.at(position), backend)
 
         scales = self.config.spatial_scale, self.config.temporal_scale
         return iter_decode_with_tiling(decode, latents, tiling_config, *scales, debug=debug)
