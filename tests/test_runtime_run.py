@@ -272,7 +272,10 @@ def test_what_runs_is_what_the_plan_says_runs(decoder, latents):
     """Also the policy: a plan for Metal runs as Metal would, wherever it is run."""
     plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend="metal")
     assert str(plan).endswith("float32 on metal")
-    assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
+    # Its form of convolution sums in another order, which may round another way.
+    expected = frames_of(decoder, latents).astype(int)
+    difference = np.abs(frames_of(decoder, latents, plan=plan) - expected)
+    assert difference.max() <= 1 and difference.mean() < 1e-3
 
 
 @pytest.mark.parametrize("tiling", [1, TilingConfig(SpatialTilingConfig(64, 32))])
@@ -443,7 +446,8 @@ def test_two_decodes_to_one_output(decoder, latents, tmp_path):
     path, told = tmp_path / "out.npy", []
     program = (
         "import mlx.core as mx, sys; from mlx_vae_tiling import *; d = load_decoder('demo'); "
-        "l = load_latents('demo')[:, :, :1, :2, :2]; decode_to_file(d, l, sys.argv[1], resume=len(sys.argv) > 2)"
+        "l = load_latents('demo')[:, :, :1, :2, :2]; "
+        "decode_to_file(d, l, sys.argv[1], resume=len(sys.argv) > 2)"
     )
 
     class Rival(VideoDecoder):
