@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.backend import Backend, backend_of
+from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.regions import Region, Window
@@ -19,21 +20,6 @@ from mlx_vae_tiling.vae.stream import Stream
 from mlx_vae_tiling.vae.weights import WeightedModule
 
 Timestep = float | Sequence[float] | mx.array
-
-
-class Config(Protocol):
-    """What a decoder's config says whatever the decoder."""
-
-    @property
-    def latent_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def temporal_scale(self) -> int: ...
-    @property
-    def spatial_scale(self) -> int: ...
-    @property
-    def parameters(self) -> int: ...
 
 
 class StreamingDecoder(WeightedModule):
