@@ -9,10 +9,12 @@ import pytest
 
 from mlx_vae_tiling.vae import convolution_gpu as gpu
 from mlx_vae_tiling.vae import convolution_winograd as winograd
+from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, operands_of
+from mlx_vae_tiling.vae.operations import mirrored
 
 FORMS = ("stock", "folded", "gemm", "winograd32", "winograd_time")
 ALL_SIDES = ((0, 0), (1, 1), (1, 1))
-PADDINGS = (gpu.NO_PADDING, ALL_SIDES, ((0, 0), (1, 0), (0, 1)), ((0, 0), (0, 1), (1, 1)))
+PADDINGS = (NO_PADDING, ALL_SIDES, ((0, 0), (1, 0), (0, 1)), ((0, 0), (0, 1), (1, 1)))
 
 # (batch, frames, height, width, channels in, channels out) of the output.
 SHAPES = [
@@ -28,7 +30,7 @@ SHAPES = [
 TOLERANCES = {mx.float32: 3e-6, mx.float16: 2**-9, mx.bfloat16: 2**-6}
 
 
-def operands(shape, dtype=mx.float32, padding=gpu.NO_PADDING):
+def operands(shape, dtype=mx.float32, padding=NO_PADDING):
     b, t, h, w, c, o = shape
     given = [size + 2 - sum(pair) for size, pair in zip((t, h, w), padding, strict=True)]
     keys = mx.random.split(mx.random.key(sum(shape)), 3)
@@ -40,7 +42,7 @@ def in_float64(a):
     return np.array(a.astype(mx.float32), dtype=np.float64)
 
 
-def oracle(x, weight, bias, padding=gpu.NO_PADDING):
+def oracle(x, weight, bias, padding=NO_PADDING):
     x = np.pad(in_float64(x), [(0, 0), *padding, (0, 0)])
     taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3))
     return np.einsum("bthwcijk,oijkc->bthwo", taps, in_float64(weight), optimize=True) + in_float64(bias)
@@ -74,7 +76,7 @@ def test_winograd_in_blocks_equals_float64(size, blocks, dtype, padding):
     """Rounded once, whatever the dtype."""
     x, weight, bias = operands((1, *size, 64, 64), dtype, padding)
     block_bytes = 40 * 10**6 // blocks
-    assert len(winograd.blocks_of(gpu.operands_of(x, weight, padding), block_bytes)) == blocks
+    assert len(winograd.blocks_of(operands_of(x, weight, padding), block_bytes)) == blocks
     y = gpu.convolve(x, weight, bias, "winograd32", padding, block_bytes=block_bytes)
     once = {mx.float32: 3e-6, mx.float16: 2**-11, mx.bfloat16: 2**-8}
     assert relative_error(y, oracle(x, weight, bias, padding)) <= once[dtype]
@@ -83,12 +85,12 @@ def test_winograd_in_blocks_equals_float64(size, blocks, dtype, padding):
 def test_winograd_repeats_a_frame_that_is_too_small():
     shape = (1, 4, 30, 50, 64, 64)
     x, weight, bias = operands(shape, mx.float32, ALL_SIDES)
-    all_at_once = winograd.blocks_of(gpu.operands_of(x, weight, ALL_SIDES), 2**40)
+    all_at_once = winograd.blocks_of(operands_of(x, weight, ALL_SIDES), 2**40)
     assert all_at_once == [winograd.Block(0, 4, 0, 30)]
     whole = gpu.convolve(x, weight, bias, "winograd32", ALL_SIDES)
     assert relative_error(whole, oracle(x, weight, bias, ALL_SIDES)) <= 3e-6
     one = x[:, :3]
-    assert winograd.blocks_of(gpu.operands_of(one, weight, ALL_SIDES), 2**40) == [
+    assert winograd.blocks_of(operands_of(one, weight, ALL_SIDES), 2**40) == [
         winograd.Block(0, 1, 0, 30, repeats=3)
     ]
     alone = gpu.convolve(one, weight, bias, "winograd32", ALL_SIDES)
@@ -104,14 +106,14 @@ def test_winograd_repeats_a_frame_that_is_too_small():
     ],
 )
 def test_folded_where_mlx_would_not_take_winograd(shape, block_bytes):
-    assert winograd.blocks_of(gpu.Operands(*shape, 2, ALL_SIDES), block_bytes) is None
+    assert winograd.blocks_of(Operands(*shape, 2, ALL_SIDES), block_bytes) is None
 
 
 @pytest.mark.parametrize("size", [(8, 272, 480, 128, 128), (4, 136, 240, 256, 1024), (5, 32, 48, 512, 512)])
 @pytest.mark.parametrize("block_bytes", [400 * 10**6, 800 * 10**6])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_blocks_cover_each_row_once_and_fit(size, block_bytes, padding):
-    shape = gpu.Operands(1, *size, 2, padding)
+    shape = Operands(1, *size, 2, padding)
     blocks = winograd.blocks_of(shape, block_bytes)
     covered = np.zeros(size[:2], int)
     for frame, frames, row, rows, repeats in blocks:
@@ -220,5 +222,24 @@ ALLOCATED = [
 
 @pytest.mark.parametrize(("form", "size", "itemsize", "megabytes"), ALLOCATED)
 def test_workspace_is_what_mlx_allocates(form, size, itemsize, megabytes):
-    stated = gpu.workspace_bytes(form, gpu.Operands(1, *size, itemsize, ALL_SIDES), 512 * 2**20)
+    stated = gpu.workspace_bytes(form, Operands(1, *size, itemsize, ALL_SIDES), 512 * 2**20)
     assert stated / 1e6 == pytest.approx(megabytes, rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("columns", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_mirrored_borders(rows, columns):
+    x = mx.random.normal((2, 3, 2, 4, 5), key=mx.random.key(1))
+    expected = np.pad(np.array(x), [(0, 0), (0, 0), rows, columns, (0, 0)], mode="reflect")
+    np.testing.assert_array_equal(np.array(mirrored(x, rows, columns)), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_reflection_and_operation_before(form, frames):
+    shape = (1, 1, 64, 66, 64, 64) if form == "winograd32" else (1, frames, 5, 6, 16, 8)
+    x, weight, bias = operands(shape, mx.float32, ALL_SIDES)
+    x64 = in_float64(x)
+    x64 = np.pad(x64 / (1 + np.exp(-x64)), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
+    y = gpu.convolve(x, weight, bias, form, ALL_SIDES, reflected=True, before=nn.silu)
+    assert relative_error(y, oracle(mx.array(x64), weight, bias)) <= 3e-6

@@ -8,59 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import mlx.core as mx
 
 from mlx_vae_tiling.vae import convolution_winograd as winograd
+from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, Padding, operands_of
+from mlx_vae_tiling.vae.operations import mirrored
 
 GPUForm = Literal["stock", "folded", "gemm", "winograd32", "winograd_time"]
-
-Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Zeros before and after the input's frames, rows and columns; none around the frames."""
-
-NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 
 Pointwise = Callable[[mx.array], mx.array]
 
 BLOCK_BYTES = 512 * 2**20
 """Bound of a block of "winograd32" where no plan gives one."""
-
-
-class Operands(NamedTuple):
-    """What one convolution computes, as integers.
-
-    Args:
-        batch, frames, height, width: Of the output.
-        channels_in, channels_out: Of the kernel.
-        itemsize: Bytes of a number.
-        padding: As `convolve`.
-    """
-
-    batch: int
-    frames: int
-    height: int
-    width: int
-    channels_in: int
-    channels_out: int
-    itemsize: int
-    padding: Padding = NO_PADDING
-
-    @property
-    def given(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of the input."""
-        sizes = zip((self.frames, self.height, self.width), self.padding, strict=True)
-        frames, height, width = (size + 2 - before - after for size, (before, after) in sizes)
-        return frames, height, width
-
-    @property
-    def frame_bytes(self) -> int:
-        """One frame of the input."""
-        return self.given[1] * self.given[2] * self.channels_in * self.itemsize
-
-    @property
-    def output_bytes(self) -> int:
-        return self.batch * self.frames * self.height * self.width * self.channels_out * self.itemsize
 
 
 def convolve(
@@ -70,6 +31,7 @@ def convolve(
     form: GPUForm,
     padding: Padding = NO_PADDING,
     *,
+    reflected: bool = False,
     before: Pointwise | None = None,
     skip: mx.array | None = None,
     first_frame: int = 0,
@@ -89,7 +51,8 @@ def convolve(
         weight: (O, 3, 3, 3, C).
         bias: (O,).
         form: The form.
-        padding: Zeros before and after frames, rows and columns of x.
+        padding: Before and after the frames, rows and columns of x.
+        reflected: Whether the padding is a reflection; else it is zeros.
         before: An operation on single numbers, applied to x first. Where a form copies x anyway, it
             costs no pass of its own.
         skip: (B, T, H, W, O), added to the result in the same pass as the bias.
@@ -102,51 +65,83 @@ def convolve(
     """
     if padding[0] != (0, 0):
         raise ValueError(f"frames cannot be padded by the convolution, got padding {padding}")
-    if form == "winograd32":
-        operands = operands_of(x, weight, padding)
-        if blocks := winograd.blocks_of(operands, block_bytes):
-            return winograd.in_blocks(before(x) if before else x, weight, bias, skip, padding, blocks)
-        form = "folded"
+    form = form_of(form, operands_of(x, weight, padding, reflected), block_bytes)
+
+    def ready(x: mx.array) -> mx.array:
+        x = before(x) if before else x
+        return mirrored(x, padding[1], padding[2]) if reflected else x
+
+    left = NO_PADDING if reflected else padding
+    if form in ("stock", "folded"):
+        return (_stock if form == "stock" else _folded)(x, weight, bias, left, ready, skip)
+    x = ready(x)
+    mx.eval(x)  # what it was made from can go before the products begin
+    if form == "gemm":
+        return _gemm(x, weight, bias, left, skip)
     if form == "winograd_time":
-        return winograd.in_time(before(x) if before else x, weight, bias, skip, padding, first_frame)
-    return {"stock": _stock, "folded": _folded, "gemm": _gemm}[form](x, weight, bias, padding, before, skip)
+        return winograd.in_time(x, weight, bias, skip, left, first_frame)
+    blocks = winograd.blocks_of(operands_of(x, weight, left), block_bytes)
+    assert blocks
+    return winograd.in_blocks(x, weight, bias, skip, left, blocks)
 
 
-def operands_of(x: mx.array, weight: mx.array, padding: Padding = NO_PADDING) -> Operands:
-    b, *given, c = x.shape
-    t, h, w = (size - 2 + sum(pair) for size, pair in zip(given, padding, strict=True))
-    return Operands(b, t, h, w, c, len(weight), x.dtype.size, padding)
+def form_of(form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES) -> GPUForm:
+    """The form that is really taken: "folded" in place of a "winograd32" that MLX would not take."""
+    if form == "winograd32" and not winograd.blocks_of(operands.beheld, block_bytes):
+        return "folded"
+    return form
 
 
-def workspace_bytes(form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES) -> int:
+def workspace_bytes(
+    form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES, activated: bool = False
+) -> int:
     """Bytes alive at the peak of one evaluated convolution, besides x and the parameters.
 
-    The result is counted, `skip` is not. With `before`, x is what it is applied to, and can be
-    freed by it only in "folded".
+    The result is counted, `skip` is not.
 
     Args:
         form: The form.
         operands: Its shapes.
         block_bytes: As `convolve`.
+        activated: Whether x is an intermediate that nobody else holds, and there is an operation before.
     """
-    made = operands.output_bytes
-    if form == "winograd32":
-        if blocks := winograd.blocks_of(operands, block_bytes):
-            return winograd.block_workspace_bytes(operands, blocks)
-        form = "folded"
+    form = form_of(form, operands, block_bytes)
+    given = operands.batch * (operands.frames + 2) * operands.frame_bytes
     if form == "folded":
-        parts = _parts(operands.frames) if operands.batch == 1 else 1
-        copied = operands.frames + 2 * parts if parts > 1 else 0
-        # The bias is added in place where there is no copy to be made.
-        return copied * operands.frame_bytes + made
-    if form == "winograd_time":
-        return winograd.time_workspace_bytes(operands)
+        return _folded_bytes(operands, given, activated)
+    seen = operands.beheld
+    reflected = operands.batch * (operands.frames + 2) * seen.frame_bytes if operands.reflected else 0
+    # The operation before writes over its input.
+    preparing, ready = activated * given + reflected, reflected or activated * given
+    if form == "stock":
+        return preparing + _stock_bytes(seen)
     if form == "gemm":
-        t, h, w = operands.frames, operands.height + 2, operands.width + 2
-        padded = operands.batch * (t + 2) * h * w * operands.channels_in * operands.itemsize
-        summed = operands.batch * t * h * w * operands.channels_out * operands.itemsize
-        return padded * (operands.padding != NO_PADDING) + 2 * summed
-    return _stock_bytes(operands)
+        working = _gemm_bytes(seen)
+    elif form == "winograd_time":
+        working = winograd.time_workspace_bytes(seen)
+    else:
+        working = winograd.block_workspace_bytes(seen, winograd.blocks_of(seen, block_bytes) or [])
+    return max(preparing, ready + working)
+
+
+def _folded_bytes(operands: Operands, given: int, activated: bool) -> int:
+    """All that lies between two evaluations; the bias is added in place."""
+    parts = _parts(operands.frames) if operands.batch == 1 else 1
+    taken = activated * given + operands.output_bytes
+    frames = operands.batch * (operands.frames + 2 * parts) if parts > 1 else 0
+    if activated or not operands.reflected:
+        taken += frames * operands.frame_bytes
+    if operands.reflected:
+        frames = frames or operands.batch * (operands.frames + 2)
+        taken += frames * operands.beheld.frame_bytes
+    return taken
+
+
+def _gemm_bytes(operands: Operands) -> int:
+    t, h, w = operands.frames, operands.height + 2, operands.width + 2
+    padded = operands.batch * (t + 2) * h * w * operands.channels_in * operands.itemsize
+    summed = operands.batch * t * h * w * operands.channels_out * operands.itemsize
+    return padded * (operands.padding != NO_PADDING) + 2 * summed
 
 
 def _add(y: mx.array, bias: mx.array, skip: mx.array | None) -> mx.array:
@@ -168,10 +163,10 @@ def _stock(
     weight: mx.array,
     bias: mx.array,
     padding: Padding,
-    before: Pointwise | None,
+    ready: Pointwise,
     skip: mx.array | None,
 ) -> mx.array:
-    return _add(_general(before(x) if before else x, weight, padding), bias, skip)
+    return _add(_general(ready(x), weight, padding), bias, skip)
 
 
 def _parts(frames: int) -> int:
@@ -192,7 +187,7 @@ def _folded(
     weight: mx.array,
     bias: mx.array,
     padding: Padding,
-    before: Pointwise | None,
+    ready: Pointwise,
     skip: mx.array | None,
 ) -> mx.array:
     """Parts of equal length, so that undoing it costs nothing.
@@ -204,7 +199,7 @@ def _folded(
     parts = _parts(frames - 2) if b == 1 and frames > 3 else 1
     if parts > 1:
         x = fold(x, parts)
-    y = _general(before(x) if before else x, weight, padding, stride=2 if frames == 3 else 1)
+    y = _general(ready(x), weight, padding, stride=2 if frames == 3 else 1)
     return _add(y.reshape(b, frames - 2, *y.shape[2:]), bias, skip)
 
 
@@ -213,14 +208,12 @@ def _gemm(
     weight: mx.array,
     bias: mx.array,
     padding: Padding,
-    before: Pointwise | None,
     skip: mx.array | None,
 ) -> mx.array:
     """With rows laid end to end, three neighbours are 3C consecutive numbers, C apart from the next three.
 
     Two products of each row straddle its end, and are left out of the view that is returned.
     """
-    x = before(x) if before else x
     if padding != NO_PADDING:
         x = mx.pad(x, [(0, 0), *padding, (0, 0)])
     b, t, h, w, c = x.shape

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from mlx_vae_tiling.vae.convolution_gpu import Operands, Padding
+from mlx_vae_tiling.vae.operands import Operands, Padding
 
 TILE = 6
 """Rows and columns of the output that one 8x8 tile of MLX's kernels computes."""

@@ -64,6 +64,26 @@ def reflect(x: mx.array, axis: int, amounts: tuple[int, int]) -> mx.array:
     return mx.concatenate([second] * amounts[0] + [x] + [last_but_one] * amounts[1], axis=axis)
 
 
+def mirrored(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
+    """(B, T, H, W, C) with the rows and columns but one from each border mirrored there: one copy."""
+    if not any(rows + columns):
+        return x
+    _, _, h, w, _ = x.shape
+    y = mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)])
+    (above, below), (left, right) = rows, columns
+    # Position in y of what lies beyond each border, position in x of what is mirrored there.
+    vertical = [(0, 1)] * above + [(above + h, h - 2)] * below
+    horizontal = [(0, 1)] * left + [(left + w, w - 2)] * right
+    for i, source in vertical:
+        y[:, :, i, left : left + w] = x[:, :, source]
+    for j, source in horizontal:
+        y[:, :, above : above + h, j] = x[:, :, :, source]
+    for i, row in vertical:
+        for j, column in horizontal:
+            y[:, :, i, j] = x[:, :, row, column]
+    return y
+
+
 def surround(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
     """Rows and columns of zeros around every frame."""
     return mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
