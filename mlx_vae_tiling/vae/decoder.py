@@ -169,7 +169,7 @@ class VideoDecoder(StreamingDecoder):
 
     def _prepared_taken(self, where: Where) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
-        return Taken(made * (3 * 4 + where.dtype.size), made)
+        return Taken(made * (4 + max(4, where.dtype.size)), made)
 
     def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
