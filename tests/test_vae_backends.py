@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from vae_cases import VERSIONS, joined, random_latents, small_decoder
 
-from mlx_vae_tiling.vae.backend import CPU, CUDA, METAL, backend_of, current_backend
+from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL, backend_of, current_backend
 from mlx_vae_tiling.vae.schedule import Pace
 
 GPUS = [METAL, CUDA]
@@ -22,9 +22,8 @@ def test_gpu_policies_give_the_same_frames(version, causal, backend):
 
 
 def test_default_forms():
-    for backend, half in ((METAL, "folded"), (CUDA, "stock")):
-        assert backend.default_form(mx.bfloat16) == backend.default_form(mx.float16) == half
-        assert backend.default_form(mx.float32) == "stock"
+    for backend, form in ((METAL, "folded"), (CUDA, "stock")):
+        assert all(backend.default_form(dtype) == form for dtype in (mx.float32, mx.float16, mx.bfloat16))
 
 
 @pytest.mark.parametrize(("system", "form"), [("Linux", "numpy"), ("Darwin", "blocked")])
@@ -48,12 +47,11 @@ def test_backends_by_name():
         backend_of("tpu")
 
 
-@pytest.mark.parametrize("backend", GPUS, ids=lambda backend: backend.name)
-def test_a_gpu_stream_is_one_piece_ahead(backend):
+def test_a_stream_on_cuda_is_one_piece_ahead():
     """The next piece is already computing while the consumer has the last one, and no further."""
     scheduled = []
     small = small_decoder("ltx-2.3")
-    stream = small.open(random_latents(small, 1, 9, 1, 1), small.options(), backend=backend)
+    stream = small.open(random_latents(small, 1, 9, 1, 1), small.options(), backend=CUDA)
     carry_out = stream.carry_out
 
     def spy(event):

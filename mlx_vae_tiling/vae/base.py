@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
-from mlx_vae_tiling.vae.backend import Backend, backend_of
+from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.backends import backend_of
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.regions import Region, Window

@@ -20,10 +20,19 @@ class Activation(NamedTuple):
     scale: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = pixel_norm(x)
-        if self.shift is not None and self.scale is not None:
-            x = x * (1 + self.scale) + self.shift
-        return nn.silu(x)
+        return self.after_norm(pixel_norm(x))
+
+    def after_norm(self, x: mx.array) -> mx.array:
+        """What is done to single numbers, in one pass on a GPU."""
+        if self.shift is None or self.scale is None:
+            return nn.silu(x)
+        return _modulated(x, self.shift, self.scale)
+
+
+@mx.compile
+def _modulated(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    x = x * (1 + scale) + shift
+    return x * mx.sigmoid(x)
 
 
 class Padding(NamedTuple):
@@ -65,23 +74,29 @@ def reflect(x: mx.array, axis: int, amounts: tuple[int, int]) -> mx.array:
 
 
 def mirrored(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
-    """(B, T, H, W, C) with the rows and columns but one from each border mirrored there: one copy."""
+    """(B, T, H, W, C) with what lies beside each border mirrored beyond it: one copy, then the borders."""
     if not any(rows + columns):
         return x
-    _, _, h, w, _ = x.shape
     y = mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)])
-    (above, below), (left, right) = rows, columns
-    # Position in y of what lies beyond each border, position in x of what is mirrored there.
-    vertical = [(0, 1)] * above + [(above + h, h - 2)] * below
-    horizontal = [(0, 1)] * left + [(left + w, w - 2)] * right
-    for i, source in vertical:
-        y[:, :, i, left : left + w] = x[:, :, source]
-    for j, source in horizontal:
-        y[:, :, above : above + h, j] = x[:, :, :, source]
-    for i, row in vertical:
-        for j, column in horizontal:
-            y[:, :, i, j] = x[:, :, row, column]
+    _, _, h, w, _ = x.shape
+    vertical, horizontal = _reflections(rows, h), _reflections(columns, w)
+    for target, source in vertical:
+        y[:, :, target, columns[0] : columns[0] + w] = x[:, :, source]
+    for target, source in horizontal:
+        y[:, :, rows[0] : rows[0] + h, target] = x[:, :, :, source]
+    for row_target, row in vertical:
+        for target, source in horizontal:
+            y[:, :, row_target, target] = x[:, :, row, source]
     return y
+
+
+def _reflections(amounts: tuple[int, int], size: int) -> list[tuple[slice, slice]]:
+    """Positions beyond the borders, and what is mirrored there; of both borders at once where steps allow."""
+    if amounts == (1, 1) and size > 3:
+        return [(slice(0, None, size + 1), slice(1, size - 1, size - 3))]
+    before, after = amounts
+    first, last = (slice(0, 1), slice(1, 2)), (slice(before + size, None), slice(size - 2, size - 1))
+    return [first] * before + [last] * after
 
 
 def surround(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
@@ -110,7 +125,5 @@ def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
     narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]
     if not narrowed:
         return x
-    axis, *others = narrowed
-    view = x[tuple(parts[a] if a in others else slice(None) for a in range(x.ndim))]
-    # A slice of an evaluated array is a view of it; gathering copies.
-    return mx.take(view, mx.arange(parts[axis].start, parts[axis].stop), axis=axis)
+    # A slice of an evaluated array is a view of it; what is smaller than its buffer is copied here.
+    return mx.contiguous(x[tuple(parts.get(axis, slice(None)) for axis in range(x.ndim))])
