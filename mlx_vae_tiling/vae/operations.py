@@ -26,12 +26,12 @@ class Activation(NamedTuple):
         """What is done to single numbers, in one pass on a GPU."""
         if self.shift is None or self.scale is None:
             return nn.silu(x)
-        return _modulated(x, self.shift, self.scale)
+        return _modulated(x, self.shift, 1 + self.scale)
 
 
 @mx.compile
-def _modulated(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    x = x * (1 + scale) + shift
+def _modulated(x: mx.array, shift: mx.array, factor: mx.array) -> mx.array:
+    x = x * factor + shift
     return x * mx.sigmoid(x)
 
 
