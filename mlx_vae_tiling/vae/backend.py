@@ -55,7 +55,6 @@ class Where(NamedTuple):
     noise: Noise | None = None
 
 
-
 class ConvolutionSize(NamedTuple):
     """Numbers of elements of a convolution's arrays, and whether its input is activated first.
 
@@ -177,10 +176,14 @@ class Backend:
         Args:
             convolution: Bytes of the convolution alone.
             made: Elements of its result.
-            shortcut: Elements of what is made of the skip first.
+            shortcut: Bytes of what is made of the skip first.
             itemsize: Bytes of an element.
         """
-        return max(convolution, itemsize * (2 * made + shortcut))
+        return max(convolution, 2 * itemsize * made + shortcut)
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        """What a LayerNorm takes."""
+        return itemsize * given
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         """What depth-to-space takes, with a residual that is tiled `repeats` times, if any.
@@ -238,7 +241,7 @@ class CPUBackend(Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """Input and output in float32; in half precision also the input, and the output when it is rounded."""
+        """Input and output in float32; in half precision the input too, or the output when it is rounded."""
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:
@@ -246,7 +249,11 @@ class CPUBackend(Backend):
         return max(activating, convolving)
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
-        return max(convolution, itemsize * (made + shortcut))
+        return max(convolution, itemsize * made + shortcut)
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        # In float32, with the deviations from the mean and their squares.
+        return given * (4 * 4 if itemsize == 4 else 5 * 4)
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         tiled = made + made // repeats if repeats else 0

@@ -201,8 +201,9 @@ class ResnetBlock3D(nn.Module):
 
     def _second_taken(self, where: Where) -> Taken:
         convolution, positions = self.conv2.taken(where, activated=True), where.batch * where.output.volume
-        shortcut = positions * (self._in + self._out) if "norm3" in self else 0
-        made, itemsize = positions * self._out, where.dtype.size
+        made, itemsize, shortcut = positions * self._out, where.dtype.size, 0
+        if "norm3" in self:
+            shortcut = where.backend.norm_bytes(positions * self._in, itemsize) + itemsize * made
         nbytes = where.backend.addition_bytes(convolution.nbytes, made, shortcut, itemsize)
         return convolution._replace(nbytes=nbytes)
 
@@ -229,7 +230,9 @@ class UNetMidBlock3D(nn.Module):
         super().__init__()
         if timestep_conditioning:
             self.time_embedder = TimestepEmbedding(4 * channels)
-        fields = [(first_field + 2 * i, scale) if block.inject_noise else None for i in range(block.num_layers)]
+        fields = [
+            (first_field + 2 * i, scale) if block.inject_noise else None for i in range(block.num_layers)
+        ]
         self.res_blocks = [
             ResnetBlock3D(channels, channels, padding, timestep_conditioning, field) for field in fields
         ]

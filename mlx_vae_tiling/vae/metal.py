@@ -105,7 +105,7 @@ class MetalBackend(Backend):
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         """The sum is written over the result of the convolution."""
-        return convolution + itemsize * shortcut
+        return convolution + shortcut
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         return itemsize * (made + kept * (kept < made))

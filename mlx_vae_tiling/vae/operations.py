@@ -46,11 +46,11 @@ class Padding(NamedTuple):
     @classmethod
     def between(cls, source: Region, output: Region, reach: Reach, mode: PaddingMode) -> Padding:
         """What `source` lacks of all that a 3x3x3 convolution for `output` sees."""
-        amounts = [
+        frames, rows, columns = (
             (before - (wanted.start - inner.start), after - (inner.stop - wanted.stop))
             for inner, wanted, (before, after) in zip(source, output, (reach, (1, 1), (1, 1)), strict=True)
-        ]
-        return cls(*amounts, mode)
+        )
+        return cls(frames, rows, columns, mode)
 
 
 def pixel_norm(x: mx.array) -> mx.array:
