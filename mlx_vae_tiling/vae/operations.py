@@ -12,6 +12,9 @@ from mlx_vae_tiling.vae.regions import Reach, Region
 
 PIXEL_NORM_EPS = 1e-8
 
+SHARED_BYTES = 2**14
+"""MLX's `contiguous` makes no copy where one would free no more than this; gathering always does."""
+
 
 class Activation(NamedTuple):
     """Pixel norm, the timestep's shift and scale (B, 1, 1, 1, C) where there are any, SiLU."""
@@ -125,5 +128,7 @@ def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
     narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]
     if not narrowed:
         return x
-    # A slice of an evaluated array is a view of it; what is smaller than its buffer is copied here.
-    return mx.contiguous(x[tuple(parts.get(axis, slice(None)) for axis in range(x.ndim))])
+    view = x[tuple(parts.get(axis, slice(None)) for axis in range(x.ndim))]
+    if x.nbytes - view.nbytes > SHARED_BYTES:
+        return mx.contiguous(view)
+    return mx.take(view, mx.arange(view.shape[narrowed[0]]), axis=narrowed[0])
