@@ -112,7 +112,8 @@ def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
     b, frames, height, width, _ = x.shape
     t, h, w = stride
     x = x.reshape(b, frames, height, width, -1, t, h, w).transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, frames * t, height * h, width * w, -1)
+    # A single frame that becomes two could be a view of what it was.
+    return mx.contiguous(x.reshape(b, frames * t, height * h, width * w, -1))
 
 
 def unpatchify(x: mx.array, patch_size: int) -> mx.array:
