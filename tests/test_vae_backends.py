@@ -1,7 +1,10 @@
 """The policies that only a GPU has, run on the CPU: they give the same frames."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from vae_cases import VERSIONS, joined, random_latents, small_decoder
 
 from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL, backend_of, current_backend
@@ -63,3 +66,16 @@ def test_a_stream_on_cuda_is_one_piece_ahead():
     for received, _ in enumerate(stream.run(Pace()), 1):
         assert len(scheduled) in (received, received + 1)
     assert received == len(scheduled) > 2
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("version", ["0.9.1", "ltx-2.3"])
+def test_a_stream_of_one_thread_is_consumed_in_another(version, tiled):
+    """Latents, weights and timestep embeddings are not left for the thread that began to compute."""
+    small = small_decoder(version)
+    small.load_weights([(name, value + 0) for name, value in tree_flatten(small.parameters())])
+    latents = random_latents(small, 1, 2, 2, 3)
+    pieces = (small.stream_tiled if tiled else small.stream)(latents + 0)
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(list, pieces).result()
+    assert mx.array_equal(joined(received), joined((small.stream_tiled if tiled else small.stream)(latents)))

@@ -59,7 +59,9 @@ def available_bytes() -> int:
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if isinstance(info.get(key), int):
-                return max(int(info[key]) - mx.get_active_memory(), 1)
+                # What is free has no part in use already.
+                used = 0 if key == "free_memory" else mx.get_active_memory()
+                return max(int(info[key]) - used, 1)
     if platform.system() == "Linux":
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)

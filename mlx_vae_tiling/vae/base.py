@@ -262,7 +262,13 @@ class StreamingDecoder(nn.Module):
             noise: None for that of the options' seed.
             backend: None for that of the default device.
         """
-        return self.open(latents, options, pixels, noise, backend).run(pace)
+        # A thread cannot compute what another one has only scheduled.
+        mx.eval(latents, self.parameters())
+
+        def pieces() -> Iterator[mx.array]:
+            yield from self.open(latents, options, pixels, noise, backend).run(pace)
+
+        return pieces()
 
     def open(
         self,
@@ -334,6 +340,7 @@ class StreamingDecoder(nn.Module):
         debug: bool = False,
     ) -> Iterator[mx.array]:
         """`stream_tiled` with everything resolved and checked."""
+        mx.eval(latents, self.parameters())
         noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
