@@ -216,7 +216,7 @@ ALLOCATED = [
     ("stock", (2, 68, 120, 512, 512), 2, 426),
     ("winograd32", (2, 68, 120, 512, 512), 2, 520),
     ("winograd_time", (1, 34, 60, 1024, 1024), 4, 184),
-    ("folded", (4, 136, 240, 256, 1024), 4, 802),
+    ("folded", (4, 136, 240, 256, 1024), 4, 1070),
 ]
 
 
@@ -244,3 +244,18 @@ def test_reflection_and_operation_before(form, frames):
     x64 = np.pad(x64 / (1 + np.exp(-x64)), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
     y = gpu.convolve(x, weight, bias, form, ALL_SIDES, reflected=True, before=nn.silu)
     assert relative_error(y, oracle(mx.array(x64), weight, bias)) <= 3e-6
+
+
+@pytest.mark.parametrize("padding", [NO_PADDING, ALL_SIDES])
+@pytest.mark.parametrize("reflected", [False, True])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_long_kernels_are_divided_by_output_channels(frames, reflected, padding, convolutions, monkeypatch):
+    shape = (1, frames, 4, 6, 16, 48)
+    x, weight, bias = operands(shape, padding=padding)
+    whole = gpu.convolve(x, weight, bias, "folded", padding, reflected=reflected, before=nn.silu)
+    monkeypatch.setattr(gpu, "LONGEST_EVALUATION", operands_of(x, weight, padding).operations // 2 - 1)
+    skip = mx.random.normal(whole.shape, key=mx.random.key(3))
+    options = {"reflected": reflected, "before": nn.silu}
+    y = gpu.convolve(x, weight, bias, "folded", padding, **options, skip=skip)
+    assert [weight[0] for _, weight, _ in convolutions] == [48, 16, 16, 16]
+    assert mx.abs(y - whole - skip).max().item() <= 1e-5 * mx.abs(whole).max().item()

@@ -41,18 +41,11 @@ class Part(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes that last from chunk to chunk, and that one chunk adds; the largest array and evaluation.
-
-    Attributes:
-        state, chunk: Bytes.
-        elements: Of the largest array.
-        operations: Of the largest evaluation.
-    """
+    """Bytes that last from chunk to chunk, bytes that one chunk adds, and elements of the largest array."""
 
     state: int
     chunk: int
     elements: int
-    operations: int
 
     @property
     def total(self) -> int:
@@ -148,7 +141,7 @@ class CostModel:
             np.int64,
         )
         taken = [self._taken(chunk, regions) for chunk in trace.chunks]
-        most = np.array([one.nbytes for one in taken])[trace.computing[:, 0]]
+        most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]
         at_once = [int((trace.computing[:, 1:] @ frame + most).max())]
         if len(trace.copying):
             at_once.append(int((trace.copying @ frame).max()))
@@ -157,8 +150,7 @@ class CostModel:
         finishing = finishing_bytes(int(frame[-1]) // itemsize)
         at_once.append(state + int(frame[-1]) * piece + finishing)
         ahead = self.backend.pieces_ahead * int(frame[-1]) * piece
-        largest = (max(one.elements for one in taken), max(one.operations for one in taken))
-        return Cost(state, max(at_once) + ahead - state, *largest)
+        return Cost(state, max(at_once) + ahead - state, max(elements for _, elements in taken))
 
     def _taken(self, chunk: Chunk, regions: Sequence[Region]) -> Taken:
         step, output = self.steps[chunk.step], regions[chunk.step].over(chunk.start, chunk.stop)

@@ -173,8 +173,6 @@ def _plan_chunks(
         largest = max(costs, key=lambda cost: cost.total)
         if max(cost.elements for cost in costs) >= ARRAY_ELEMENTS:
             limited_by = "2**31 elements per array"
-        elif max(cost.operations for cost in costs) > model.backend.most_operations:
-            limited_by = "the operations of one evaluation"
         elif model.weight_bytes + largest.total > budget:
             limited_by = MEMORY
         else:

@@ -29,17 +29,10 @@ BLOCK_ELEMENTS = 2**17
 
 
 class Taken(NamedTuple):
-    """What a step takes beside what is held.
-
-    Attributes:
-        nbytes: At once, its result included.
-        elements: Of the largest array.
-        operations: Multiplications and additions between two evaluations.
-    """
+    """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
 
     nbytes: int
     elements: int
-    operations: int = 0
 
 
 class Where(NamedTuple):
@@ -105,18 +98,9 @@ class Backend:
         """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
         return 1.0
 
-    @property
-    def most_operations(self) -> float:
-        """Of one evaluation, lest a watchdog ends it."""
-        return math.inf
-
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
         return chunk_bytes
-
-    def evaluated_operations(self, operations: int) -> int:
-        """The most of a convolution's operations that lie between two evaluations."""
-        return operations
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.

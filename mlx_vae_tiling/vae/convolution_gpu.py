@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import mlx.core as mx
@@ -19,6 +20,9 @@ from mlx_vae_tiling.vae.operations import mirrored
 GPUForm = Literal["stock", "folded", "gemm", "winograd32", "winograd_time"]
 
 Pointwise = Callable[[mx.array], mx.array]
+
+LONGEST_EVALUATION = 1_500_000_000_000
+"""Operations of one kernel of the form "folded": 0.2 s at 9 TFLOP/s. A watchdog ends what takes too long."""
 
 BLOCK_BYTES = 512 * 2**20
 """Bound of a block of "winograd32" where no plan gives one."""
@@ -65,15 +69,18 @@ def convolve(
     """
     if padding[0] != (0, 0):
         raise ValueError(f"frames cannot be padded by the convolution, got padding {padding}")
-    form = form_of(form, operands_of(x, weight, padding, reflected), block_bytes)
+    operands = operands_of(x, weight, padding, reflected)
+    form = form_of(form, operands, block_bytes)
 
     def ready(x: mx.array) -> mx.array:
         x = before(x) if before else x
         return mirrored(x, padding[1], padding[2]) if reflected else x
 
     left = NO_PADDING if reflected else padding
-    if form in ("stock", "folded"):
-        return (_stock if form == "stock" else _folded)(x, weight, bias, left, ready, skip)
+    if form == "folded":
+        return _folded(x, weight, bias, left, ready, skip, _kernels(operands))
+    if form == "stock":
+        return _stock(x, weight, bias, left, ready, skip)
     x = ready(x)
     mx.eval(x)  # what it was made from can go before the products begin
     if form == "gemm":
@@ -93,7 +100,11 @@ def form_of(form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES) -
 
 
 def workspace_bytes(
-    form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES, activated: bool = False
+    form: GPUForm,
+    operands: Operands,
+    block_bytes: int = BLOCK_BYTES,
+    activated: bool = False,
+    replicated: int = 0,
 ) -> int:
     """Bytes alive at the peak of one evaluated convolution, besides x and the parameters.
 
@@ -104,15 +115,18 @@ def workspace_bytes(
         operands: Its shapes.
         block_bytes: As `convolve`.
         activated: Whether x is an intermediate that nobody else holds, and there is an operation before.
+        replicated: Bytes of what x was made from by replicas in time; 0 if there are none.
     """
     form = form_of(form, operands, block_bytes)
     given = operands.batch * (operands.frames + 2) * operands.frame_bytes
+    made_from = replicated if activated else 0
+    activated = activated or replicated > 0
     if form == "folded":
-        return _folded_bytes(operands, given, activated)
+        return _folded_bytes(operands, given, activated, made_from)
     seen = operands.beheld
     reflected = operands.batch * (operands.frames + 2) * seen.frame_bytes if operands.reflected else 0
     # The operation before writes over its input.
-    preparing, ready = activated * given + reflected, reflected or activated * given
+    preparing, ready = made_from + activated * given + reflected, reflected or activated * given
     if form == "stock":
         return preparing + _stock_bytes(seen)
     if form == "gemm":
@@ -124,17 +138,18 @@ def workspace_bytes(
     return max(preparing, ready + working)
 
 
-def _folded_bytes(operands: Operands, given: int, activated: bool) -> int:
+def _folded_bytes(operands: Operands, given: int, activated: bool, made_from: int) -> int:
     """All that lies between two evaluations; the bias is added in place."""
     parts = _parts(operands.frames) if operands.batch == 1 else 1
-    taken = activated * given + operands.output_bytes
-    frames = operands.batch * (operands.frames + 2 * parts) if parts > 1 else 0
-    if activated or not operands.reflected:
-        taken += frames * operands.frame_bytes
-    if operands.reflected:
-        frames = frames or operands.batch * (operands.frames + 2)
-        taken += frames * operands.beheld.frame_bytes
-    return taken
+    frames = operands.batch * (operands.frames + 2 * parts)
+    copied = frames * operands.frame_bytes if parts > 1 and (activated or not operands.reflected) else 0
+    reflected = frames * operands.beheld.frame_bytes if operands.reflected else 0
+    preparing = made_from + activated * given + copied + reflected
+    made, count = operands.output_bytes, _kernels(operands)
+    if count == 1:
+        return preparing + made
+    ready = reflected or copied or activated * given
+    return max(preparing + made // count, ready + made, 2 * made)
 
 
 def _gemm_bytes(operands: Operands) -> int:
@@ -189,18 +204,35 @@ def _folded(
     padding: Padding,
     ready: Pointwise,
     skip: mx.array | None,
+    count: int,
 ) -> mx.array:
-    """Parts of equal length, so that undoing it costs nothing.
+    """Parts of equal length, so that undoing it costs nothing; by `count` kernels, evaluated one by one.
 
     MLX splits a batch of one with temporal stride 1 into two-dimensional convolutions, and takes
     the implicit GEMM for everything else: also for a single frame with a stride that never applies.
     """
     b, frames, *_ = x.shape
     parts = _parts(frames - 2) if b == 1 and frames > 3 else 1
-    if parts > 1:
-        x = fold(x, parts)
-    y = _general(ready(x), weight, padding, stride=2 if frames == 3 else 1)
+    x = ready(fold(x, parts) if parts > 1 else x)
+    stride = 2 if frames == 3 else 1
+    if count == 1:
+        y = _general(x, weight, padding, stride)
+    else:
+        x, made = mx.contiguous(x), []
+        for low, high in pairwise(len(weight) * i // count for i in range(count + 1)):
+            made.append(_general(x, weight[low:high], padding, stride))
+            mx.eval(made[-1])
+        del x
+        y = mx.concatenate(made, axis=-1)
+        del made
     return _add(y.reshape(b, frames - 2, *y.shape[2:]), bias, skip)
+
+
+def _kernels(operands: Operands) -> int:
+    """Over how many kernels the output channels are divided evenly, in multiples of 16."""
+    wanted = -(-operands.operations // LONGEST_EVALUATION)
+    runs = operands.channels_out // 16
+    return next((n for n in range(wanted, runs + 1) if operands.channels_out % (16 * n) == 0), 1)
 
 
 def _gemm(

@@ -76,8 +76,7 @@ class Conv3d(nn.Module):
             operands=operands,
         )
         nbytes = where.backend.convolution_bytes(size, where.dtype.size)
-        operations = where.backend.evaluated_operations(where.batch * where.output.volume * self.operations)
-        return Taken(nbytes, max(size.padded, size.made), operations)
+        return Taken(nbytes, max(size.padded, size.made))
 
     def step(self, producer: int, need: Convolution, activation: Activation | None = None) -> Step:
         """The convolution as a step of its own."""

@@ -36,18 +36,9 @@ class MetalBackend(Backend):
     def pieces_ahead(self) -> int:
         return 0
 
-    @property
-    def most_operations(self) -> float:
-        """0.2 s at 9 TFLOP/s, perhaps a second on the slowest machine."""
-        return 1.8e12
-
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """All that is left: MLX keeps active memory and its cache within the memory limit together."""
         return memory_limit
-
-    def evaluated_operations(self, operations: int) -> int:
-        """Of the forms that evaluate block by block, or product by product, no part is near the bound."""
-        return 0 if self.form in ("winograd32", "gemm") else operations
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """One implicit GEMM in every dtype, where nothing was measured.
@@ -106,15 +97,15 @@ class MetalBackend(Backend):
         form = self.form or "folded"
         if form not in get_args(gpu.GPUForm):
             return super().convolution_bytes(size, itemsize)
-        operands = size.operands
-        taken = gpu.workspace_bytes(
-            cast(gpu.GPUForm, form), operands, self.block_bytes, activated=size.activated
+        operands, given = size.operands, itemsize * size.given
+        replicated = given < operands.batch * (operands.frames + 2) * operands.frame_bytes
+        return gpu.workspace_bytes(
+            cast(gpu.GPUForm, form),
+            operands,
+            self.block_bytes,
+            activated=size.activated,
+            replicated=given * replicated,
         )
-        given, seen = itemsize * size.given, operands.batch * (operands.frames + 2) * operands.frame_bytes
-        if given == seen:
-            return taken
-        # Beside the replicas of its first or last frame is the input itself, where the step made it.
-        return taken + (given if size.activated else seen)
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         """The sum is written over the result of the convolution."""

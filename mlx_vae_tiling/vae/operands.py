@@ -50,6 +50,11 @@ class Operands(NamedTuple):
         return self.given[1] * self.given[2] * self.channels_in * self.itemsize
 
     @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 54 * self.channels_in * self.channels_out * self.batch * self.frames * self.height * self.width
+
+    @property
     def output_bytes(self) -> int:
         return self.batch * self.frames * self.height * self.width * self.channels_out * self.itemsize
 
