@@ -220,6 +220,59 @@ def test_a_lasting_fault_is_told_after_the_frames_before_it(decoder, latents, fa
     assert_rounded(frames, expected[:, :, : len(frames)])
 
 
+DEVICE_ERRORS = [
+    "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size",
+    "[malloc] Unable to allocate 9 bytes.",
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+def test_a_failure_of_the_device_is_tried_again(decoder, latents, limit, message, monkeypatch):
+    expected = decoder(latents)
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError(message))
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
+
+
+@pytest.mark.parametrize("piece", range(4))
+def test_a_failure_that_is_told_late_takes_back_the_frames(decoder, latents, piece, monkeypatch):
+    """A command buffer's failure may surface in a later call, when its frames look finished."""
+    expected, calls, synchronize = decoder(latents), [], mx.synchronize
+
+    def fail_once():
+        calls.append(1)
+        if len(calls) == piece + 1:
+            raise RuntimeError(DEVICE_ERRORS[0])
+        synchronize()
+
+    monkeypatch.setattr(mx, "synchronize", fail_once)
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS["streamed"]), expected)
+    assert len(calls) > piece + 1
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_lasting_failure_of_the_device_keeps_what_was_before(
+    decoder, latents, limit, monkeypatch, tmp_path
+):
+    expected = frames_of(decoder, latents, memory_limit=LIMITS[limit])
+    error = RuntimeError(DEVICE_ERRORS[0])
+    with monkeypatch.context() as broken:
+        break_frame(broken, 9, 99, raises=error)
+        told = r"failed twice at frame \d: \[METAL\].*; the \d frames before are sound. Try a smaller memory"
+        with pytest.raises(RuntimeError, match=told) as raised:
+            decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit])
+        assert raised.value.__cause__ is error
+    decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit], resume=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "shot.npy"), expected)
+
+
+def test_an_error_of_ours_is_not_tried_again(decoder, latents, monkeypatch):
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError("generator raised StopIteration"))
+    with pytest.raises(RuntimeError, match=r"^generator raised StopIteration$"):
+        frames_of(decoder, latents, memory_limit=LIMITS["streamed"])
+
+
 def test_small_frames_may_be_of_one_value(decoder):
     latents = random_latents(decoder, 1, 2, 1, 1)
     decoder = VideoDecoder(decoder.config)

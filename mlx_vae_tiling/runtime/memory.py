@@ -13,7 +13,7 @@ from numbers import Real
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.backend import current_backend
+from mlx_vae_tiling.vae.backends import current_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -60,7 +60,9 @@ def available_bytes() -> int:
     if (info := current_backend().device_memory()) is not None:
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if isinstance(info.get(key), int):
-                return max(int(info[key]) - mx.get_active_memory(), 1)
+                # What is free has no part in use already.
+                used = 0 if key == "free_memory" else mx.get_active_memory()
+                return max(int(info[key]) - used, 1)
     if platform.system() == "Linux":
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)

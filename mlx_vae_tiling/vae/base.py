@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
-from mlx_vae_tiling.vae.backend import Backend, backend_of
+from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.backends import backend_of
 from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
@@ -213,7 +214,13 @@ class StreamingDecoder(WeightedModule):
             noise: None for that of the options' seed.
             backend: None for that of the default device.
         """
-        return self.open(latents, options, pixels, noise, backend).run(pace)
+        # A thread cannot compute what another one has only scheduled.
+        mx.eval(latents, self.parameters())
+
+        def pieces() -> Iterator[mx.array]:
+            yield from self.open(latents, options, pixels, noise, backend).run(pace)
+
+        return pieces()
 
     def open(
         self,
@@ -285,6 +292,7 @@ class StreamingDecoder(WeightedModule):
         debug: bool = False,
     ) -> Iterator[mx.array]:
         """`stream_tiled` with everything resolved and checked."""
+        mx.eval(latents, self.parameters())
         noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
