@@ -32,8 +32,10 @@ TILES_PER_BLOCK = 192
 WEIGHT_BYTES = 32 * 2**20
 """Bound of the transformed weights of one pass, which are those of some output channels."""
 
-KERNEL_FLOATS = 2**17
-"""Numbers of a kernel that are transformed at a time: within a core's cache."""
+KERNEL_FLOATS = 2**16
+"""Transformed numbers of a kernel that are made at a time: within a core's cache."""
+
+LINE_FLOATS = 16
 
 FRAME_BYTES = 16 * 2**20
 """Bound of the transformed frames of one block of rows, for three frames at least."""
@@ -126,16 +128,18 @@ def transform(
     outputs, channels = len(weight), weight.shape[-1]
     if out is None or scratch is None:
         out, scratch = (np.empty(shape, np.float32) for shape in _kernel_shapes(outputs, channels))
-    taps = weight.reshape(outputs, 3, 9, channels).transpose(2, 1, 3, 0)
+    taps = weight.reshape(outputs, 3, 9, channels).transpose(1, 2, 3, 0)
     split = out.reshape(PRODUCTS, 3, channels, outputs)
-    step = scratch.shape[1]
     for t in range(3):
-        for c in range(0, channels, step):
-            part = taps[:, t, c : c + step]
-            piece = scratch.reshape(-1)[: part.size].reshape(part.shape)
-            piece[...] = part
-            target = split[:, t, c : c + step].reshape(PRODUCTS, -1)
-            np.matmul(_KERNEL, piece.reshape(9, -1), out=target)
+        for c in range(0, channels, scratch.shape[1]):
+            part = taps[t, :, c : c + scratch.shape[1]]
+            piece = _part(scratch, part.shape)
+            for o in range(0, outputs, LINE_FLOATS):  # of whole lines of cache, or it is read in vain
+                piece[..., o : o + LINE_FLOATS] = part[..., o : o + LINE_FLOATS]
+            step = max(1, KERNEL_FLOATS // (PRODUCTS * outputs))
+            for k in range(0, piece.shape[1], step):
+                target = split[:, t, c + k : c + min(k + step, piece.shape[1])].reshape(PRODUCTS, -1)
+                np.matmul(_KERNEL, piece[:, k : k + step].reshape(9, -1), out=target)
     return out
 
 
@@ -211,8 +215,7 @@ def _buffer_shapes(shape: Cut, together: int, width: int, channels: int) -> list
 
 
 def _kernel_shapes(outputs: int, channels: int) -> list[Shape]:
-    together = min(channels, max(1, KERNEL_FLOATS // (9 * outputs)))
-    return [(PRODUCTS, 3 * channels, outputs), (9, together, outputs)]
+    return [(PRODUCTS, 3 * channels, outputs), (9, min(channels, 4 * LINE_FLOATS), outputs)]
 
 
 def _together(shape: Cut, frames: int, channels: int, workers: int) -> int:
