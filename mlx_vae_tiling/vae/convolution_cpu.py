@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae import winograd
-from mlx_vae_tiling.vae.rows import Rows, row_buffers
+from mlx_vae_tiling.vae.blocks import PaddingMode
+from mlx_vae_tiling.vae.rows import Activation, Rows, row_buffers
 from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
 
 CpuForm = Literal["columns", "shifts", "winograd"]
@@ -95,31 +96,70 @@ def convolve_rows(
 
 
 def convolve_numpy(
-    x: mx.array, weight: mx.array, bias: mx.array, form: CpuForm | None = None, workers: int = 1
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    mode: PaddingMode = "zeros",
+    activation: Activation = "none",
+    modulation: tuple[mx.array, mx.array] | None = None,
+    residual: mx.array | None = None,
+    form: CpuForm | None = None,
+    transformed: np.ndarray | None = None,
+    workspace: Workspace | None = None,
+    workers: int = 1,
 ) -> mx.array:
-    """Valid 3x3x3 convolution without copies of either input or output in float32.
+    """3x3x3 convolution of what activation and padding make of x, in one pass from x to the result.
+
+    In float32 nothing is copied but rows that are at work; half precision is computed in float32.
 
     Args:
-        x: (B, T+2, H+2, W+2, C).
+        x: (B, T+2, h, w, C).
         weight: (O, 3, 3, 3, C).
         bias: (O,).
+        padding: Rows above and below, columns left and right that are added: 0 or 1 each.
+        mode: What is added: zeros, or the frame reflected.
+        activation: "norm_silu" for pixel norm, modulation, SiLU.
+        modulation: (shift, scale), each (B, 1, 1, 1, C).
+        residual: (B, T, H, W, O), added to the result.
         form: How to compute; by default what `choose_form` says.
-        workers: Threads that compute.
+        transformed: What `winograd.transform` made of the weight, for that form.
+        workspace: Where to compute; by default a new one.
+        workers: Threads that compute; more than one is for a BLAS with one thread.
 
     Returns:
-        (B, T, H, W, O) in the dtype of x.
+        (B, T, H, W, O) in the dtype of x, evaluated.
     """
     b, t, h, w, _ = x.shape
-    out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
-    arrays = [mx.contiguous(a.astype(mx.float32)) for a in (x, weight, bias)]
-    mx.eval(out, arrays)
-    x32, weight32, bias32, out32 = (np.array(a, copy=False) for a in (*arrays, out))
-    workspace = Workspace()
-    for frames, result in zip(x32, out32, strict=True):
+    top, bottom, left, right = padding
+    out = mx.zeros((b, t - 2, h + top + bottom - 2, w + left + right - 2, weight.shape[0]))
+    mx.eval(out)
+    result = np.array(out, copy=False)
+    x32, weight32, bias32 = _as_numpy(x, weight, bias)
+    pairs = None if modulation is None else _as_numpy(*(m.reshape(b, -1) for m in modulation))
+    skip = None if residual is None else _as_numpy(residual)[0]
+    workspace = workspace or Workspace()
+    for i in range(b):
+        own = None if pairs is None else (pairs[0][i], pairs[1][i])
         convolve_rows(
-            *(Rows(list(frames)), weight32, bias32, result), form=form, workspace=workspace, workers=workers
+            *(Rows(list(x32[i]), padding, mode, activation, own), weight32, bias32, result[i]),
+            residual=None if skip is None else skip[i],
+            form=form,
+            transformed=transformed,
+            workspace=workspace,
+            workers=workers,
         )
-    return out.astype(x.dtype)
+    y = out.astype(x.dtype)
+    mx.eval(y)
+    return y
+
+
+def _as_numpy(*arrays: mx.array) -> list[np.ndarray]:
+    """Float32 arrays on MLX's buffers where they are of that type."""
+    evaluated = [mx.contiguous(a.astype(mx.float32)) for a in arrays]
+    mx.eval(evaluated)
+    return [np.array(a, copy=False) for a in evaluated]
 
 
 def _columns_shapes(height: int, width: int, in_channels: int, out_channels: int) -> list[Shape]:
