@@ -29,7 +29,7 @@ PRODUCTS = (TILE_HEIGHT + 2) * (TILE_WIDTH + 2)
 TILES_PER_BLOCK = 192
 """Rows of each matrix that is multiplied: with fewer BLAS is slower, with more the caches are."""
 
-WEIGHT_BYTES = 32 * 2**20
+WEIGHT_BYTES = 24 * 2**20
 """Bound of the transformed weights of one pass, which are those of some output channels."""
 
 KERNEL_FLOATS = 2**16
@@ -37,7 +37,7 @@ KERNEL_FLOATS = 2**16
 
 LINE_FLOATS = 16
 
-FRAME_BYTES = 16 * 2**20
+FRAME_BYTES = 32 * 2**20
 """Bound of the transformed frames of one block of rows, for three frames at least."""
 
 
