@@ -22,7 +22,6 @@ from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.rows import Rows
 from mlx_vae_tiling.vae.workspace import Workspace
 
-
 Runs = dict[str, Callable[[], object]]
 
 
