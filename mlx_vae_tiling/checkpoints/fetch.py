@@ -83,7 +83,7 @@ def plan_fetch(
 
 def _plan_any(places: Sequence[HubFile], asked: str, access: Access, version: str | None) -> FetchPlan:
     """The plan for the first place that has what is asked for; what was fetched before, without the Hub."""
-    reason, notes = "HF_HUB_OFFLINE is set", []
+    reason, notes = "HF_HUB_OFFLINE is set: unset it to fetch", []
     try:
         if not is_offline():
             return _plan_online(places, access, version)
@@ -94,7 +94,7 @@ def _plan_any(places: Sequence[HubFile], asked: str, access: Access, version: st
         found = plan_cached(place, access)
         if found is not None:
             return replace(found, notes=(*notes, *found.notes))
-    raise cannot_fetch(asked, Unreachable(f"{reason}, and it was not fetched before"))
+    raise cannot_fetch(asked, Unreachable(f"{reason}; it was not fetched before"))
 
 
 def _plan_online(places: Sequence[HubFile], access: Access, version: str | None) -> FetchPlan:

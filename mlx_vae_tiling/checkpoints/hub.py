@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ OWN_NAME = "mlx_vae_tiling"
 WAITS_IN_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Between requests, as long as none brings anything."""
 
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**16
+"""What is lost of a connection that is cut; httpx and requests drop a piece that is not whole."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def library() -> Any:
-    """huggingface_hub, with its utilities."""
-    import_module("huggingface_hub.utils")
+    """huggingface_hub, with its utilities and constants."""
+    for part in ("utils", "constants"):
+        import_module(f"huggingface_hub.{part}")
     return import_module("huggingface_hub")
 
 
@@ -54,9 +57,10 @@ class Repository:
     file_bytes: Mapping[str, int]
     token: str | bool | None
     cache_dir: Path | None
+    _headers: dict[str, Header] = field(default_factory=dict, repr=False, compare=False)
 
     def header(self, file: str) -> Header:
-        """The header of a safetensors file.
+        """The header of a safetensors file, transferred once.
 
         Raises:
             HubError: If it cannot be transferred.
@@ -66,7 +70,9 @@ class Repository:
         def read(offset: int, size: int) -> bytes:
             return b"".join(self.pieces(file, offset, offset + size))
 
-        return read_header(f"{self.id}/{file}", self.file_bytes[file], read)
+        if file not in self._headers:
+            self._headers[file] = read_header(f"{self.id}/{file}", self.file_bytes[file], read)
+        return self._headers[file]
 
     def pieces(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes `start` to `stop` - 1 of a file, in order; a cut connection is continued where it was cut.

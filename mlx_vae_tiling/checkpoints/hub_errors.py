@@ -52,7 +52,7 @@ def explained(error: Exception, repo: str, what: str, token: str | bool | None) 
         return error
     utils: Any = import_module("huggingface_hub.utils")
     status = _status(error)
-    endpoint = import_module("huggingface_hub").constants.ENDPOINT
+    endpoint = import_module("huggingface_hub.constants").ENDPOINT
     if isinstance(error, utils.GatedRepoError):
         return NotThere(f"{repo} asks for consent: accept its terms at {endpoint}/{repo}, then {_LOG_IN}")
     if isinstance(error, utils.RepositoryNotFoundError):

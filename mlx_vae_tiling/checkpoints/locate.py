@@ -12,8 +12,6 @@ from mlx_vae_tiling.checkpoints.fetch import fetch_vae
 from mlx_vae_tiling.checkpoints.hub_errors import NotThere, Unreachable
 from mlx_vae_tiling.checkpoints.sources import SOURCES
 
-Source = str | os.PathLike[str]
-
 DEMO = Path(__file__).parent.parent / "demo" / "vae.safetensors"
 _ON_HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(?P<file>.+\.safetensors))?")
 
@@ -35,6 +33,9 @@ class Located(NamedTuple):
     version: str | None = None
 
 
+Source = str | os.PathLike[str] | Located
+
+
 def locate(source: Source) -> Located:
     """The file or directory of a source, fetched if it is on the Hub.
 
@@ -44,6 +45,8 @@ def locate(source: Source) -> Located:
         TypeError: If it is neither text nor a path.
         ValueError: If what is on the Hub has no decoder, or several.
     """
+    if isinstance(source, Located):
+        return source
     found = parse_source(source)
     if isinstance(found, Path):
         return Located(found)
@@ -55,7 +58,7 @@ def locate(source: Source) -> Located:
         raise FileNotFoundError(f"there is no file or directory {source}, and {error}") from None
 
 
-def parse_source(source: Source) -> Path | Remote:
+def parse_source(source: str | os.PathLike[str]) -> Path | Remote:
     """What a source means, without reaching for it; what is on this machine goes first.
 
     Raises:

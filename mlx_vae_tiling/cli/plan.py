@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
+from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_tiling, parse_window
 from mlx_vae_tiling.cli.printing import plan_fields, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
@@ -30,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declares the arguments of this command alone."""
     command.add_argument("latents", nargs="?", metavar="LATENTS", help='saved latents, or "demo"')
     command.add_argument("--shape", metavar="FxHxW", help="size in latents, in their place")
-    add_planning(command, named=f", or one of {', '.join(PUBLISHED)}")
+    add_planning(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vae in PUBLISHED and not Path(args.vae).exists():
         config, stored = PUBLISHED[args.vae].config, "bfloat16"
     else:
-        info = describe_checkpoint(args.vae, config=parse_config(args.config))
+        info = describe_checkpoint(locate_aloud(args.vae), config=parse_config(args.config))
         config, stored = info.config, info.dtype
     size = parse_size("--shape", args.shape)
     if (args.latents is None) == (size is None):
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_planning(command: argparse.ArgumentParser, named: str = "") -> None:
+def add_planning(command: argparse.ArgumentParser) -> None:
     """Declares the arguments that a plan needs, for `plan` and for `decode`."""
     add = command.add_argument
-    add("--vae", required=True, metavar="SOURCE", help=SOURCE + named)
+    add("--vae", required=True, metavar="SOURCE", help=f"{SOURCE}; versions: {', '.join(PUBLISHED)}")
     add("--memory", metavar="BYTES", help="budget, as 8GB or 6.5GiB; default: 70 %% of what is available")
     add(
         "--tiling",
