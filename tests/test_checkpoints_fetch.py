@@ -21,7 +21,6 @@ from checkpoint_files import (
 )
 from hub_server import COMMIT, SIGNATURE, TOKEN, Blob, Repo, serving
 from huggingface_hub import constants
-from huggingface_hub.utils import _cache_assets
 from safetensors import safe_open
 
 from mlx_vae_tiling.checkpoints import extract, hub
@@ -51,7 +50,7 @@ def remote(server, tmp_path, monkeypatch):
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

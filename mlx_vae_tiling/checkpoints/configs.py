@@ -172,7 +172,7 @@ def side_texts(path: Path, metadata: Mapping[str, str]) -> Iterator[tuple[str, s
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file() or path.stat().st_size > LARGEST_CONFIG_BYTES:
+    if path.stat().st_size > LARGEST_CONFIG_BYTES or not path.is_file():
         raise ValueError(f"{path} must be a file of at most {LARGEST_CONFIG_BYTES} bytes to be a config")
     try:
         return path.read_text(encoding="utf-8")

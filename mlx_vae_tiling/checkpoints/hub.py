@@ -102,7 +102,7 @@ class Repository:
 
     def _requested(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         hub = library()
-        url = hub.hf_hub_url(self.id, file, revision=self.commit)
+        url = hub.hf_hub_url(self.id, file, revision=self.commit, endpoint=hub.constants.ENDPOINT)
         headers = hub.utils.build_hf_headers(token=self.token, library_name=OWN_NAME)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with _response(url, headers, hub.constants.HF_HUB_DOWNLOAD_TIMEOUT) as (response, pieces):
@@ -126,9 +126,11 @@ class Repository:
         Raises:
             HubError: If it cannot be transferred.
         """
-        options = {"revision": self.commit, "token": self.token, "cache_dir": self.cache_dir}
+        hub = library()
+        options = {"revision": self.commit, "token": self.token, "endpoint": hub.constants.ENDPOINT}
+        folder = self.cache_dir or hub.constants.HF_HUB_CACHE
         try:
-            return Path(library().hf_hub_download(self.id, file, **options))
+            return Path(hub.hf_hub_download(self.id, file, cache_dir=folder, **options))
         except _transport_errors() as error:
             raise explained(error, self.id, file, self.token) from None
 
@@ -149,7 +151,8 @@ def open_repository(
     hub = library()
     failures: tuple[type[Exception], ...] = (ValueError, *_transport_errors())
     try:
-        info = hub.HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        api = hub.HfApi(endpoint=hub.constants.ENDPOINT, token=token)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except failures as error:
         raise explained(error, repo_id, f"revision {revision}", token) from None
     file_bytes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -158,7 +161,9 @@ def open_repository(
 
 def own_folder(repo_id: str, name: str, cache_dir: Path | None) -> Path:
     """Where this package keeps what is not a repository's own file, beside huggingface_hub's cache."""
-    folder: Path = library().cached_assets_path(OWN_NAME, repo_id, name, assets_dir=cache_dir)
+    hub = library()
+    root = cache_dir or hub.constants.HF_ASSETS_CACHE
+    folder: Path = hub.cached_assets_path(OWN_NAME, repo_id, name, assets_dir=root)
     return folder
 
 
@@ -215,7 +220,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 def _response(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[tuple[Any, Iterator[bytes]]]:
     """An answer whose body has not been read, and the pieces of that body."""
     session = library().utils.get_session()
-    if hasattr(session, "stream"):
+    if callable(getattr(session, "stream", None)):
         with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             yield response, response.iter_bytes(PIECE_BYTES)
     else:

@@ -92,7 +92,7 @@ def _exists(path: Path) -> bool:
     except OSError as error:
         if error.errno not in _MISSING:
             raise
-        if path.is_symlink():
+        if os.path.islink(path):
             target = os.readlink(path)
             raise FileNotFoundError(f"{path} is a link to {target}, which is not there") from error
         return False
