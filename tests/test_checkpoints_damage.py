@@ -285,33 +285,36 @@ def test_what_is_no_file_among_others_is_passed_over(tmp_path):
     assert describe_checkpoint(tmp_path).path == path
 
 
-@pytest.mark.parametrize("closed", ["file", "folder"])
-def test_what_cannot_be_read_is_not_called_missing(closed, tmp_path):
+@pytest.mark.parametrize("source", ["vae.safetensors", "folder/vae.safetensors", "folder"])
+def test_what_cannot_be_read_is_not_called_missing(source, tmp_path):
     """In a process of a user who may not read it."""
     folder = tmp_path / "folder"
     path = write(folder / "vae.safetensors", split(decoder_of("ltx-2")), original_json("ltx-2"))
-    (path if closed == "file" else folder).chmod(0)
+    # The process enters a folder before its user changes: nothing but what is closed stands in the way.
+    where, closed = (folder, path) if source == path.name else (tmp_path, folder)
+    where.chmod(0o755)
+    closed.chmod(0)
     code = f"""
-import os, sys
+import os
 from mlx_vae_tiling import load_decoder
 if os.getuid() == 0:
     os.setuid(65534)
 try:
-    load_decoder("vae.safetensors" if {closed == "file"} else "folder/vae.safetensors")
+    load_decoder({source!r})
 except OSError as error:
     print(type(error).__name__, error)
 """
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == os.getuid() and "pytest" in parent.name:
-            parent.chmod(parent.stat().st_mode | 0o055)
-    tmp_path.chmod(0o755)
-    # Entered before the user changes, so that nothing but what is closed stands in the way.
-    where = folder if closed == "file" else tmp_path
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=True)
-    (path if closed == "file" else folder).chmod(0o755)
+    closed.chmod(0o755)
     assert out.stdout.startswith("PermissionError [Errno 13] Permission denied: "), out
+
+
+def test_folders_are_found_in_any_case(tmp_path):
+    path = write(tmp_path / "VAE/Decoder/a.safetensors", split(decoder_of("ltx-2")), original_json("ltx-2"))
+    write(tmp_path / "text_encoder/b.safetensors", split(decoder_of("ltx-2")))
+    assert describe_checkpoint(tmp_path).path == path
 
 
 @pytest.mark.parametrize("source", [None, 3, b"x", ["demo"]])

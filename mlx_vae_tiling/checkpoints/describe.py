@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_vae_tiling.checkpoints.configs import Config, side_texts
@@ -38,7 +39,16 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         siblings = [file.name for file in path.parent.glob("*.safetensors")]
         return [path.parent / name for name in with_shards(path.name, siblings)]
-    found = [file for folder in FOLDERS for file in (path / folder).glob("*.safetensors") if file.is_file()]
-    names = [file.relative_to(path).as_posix() for file in found]
-    chosen = choose_decoder_files(str(path), names, lambda name: read_local_header(path / name))
+    chosen = choose_decoder_files(str(path), _listed(path), lambda name: read_local_header(path / name))
     return [path / name for name in chosen]
+
+
+def _listed(root: Path, folder: str = "") -> Iterator[str]:
+    """The files of a directory where a decoder may lie; a folder that cannot be read is an error."""
+    for entry in (root / folder).iterdir():
+        name = f"{folder}/{entry.name}".removeprefix("/")
+        if entry.is_dir():
+            if name.lower() in FOLDERS:
+                yield from _listed(root, name)
+        elif name.endswith(".safetensors") and entry.is_file():
+            yield name

@@ -126,10 +126,11 @@ def _truncated(file: str, needed: int, file_bytes: int) -> ValueError:
 
 def _parse(file: str, origin: int, text: bytes) -> tuple[Mapping[str, str], dict[str, TensorEntry]]:
     fields = json.loads(text, object_pairs_hook=_distinct)
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata = fields.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if len(fields) > MOST_TENSORS:
         raise ValueError(f"it may list {MOST_TENSORS} tensors, it lists {len(fields)}")
-    if not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ must map to strings")
     return metadata, {name: _entry(file, name, origin, field) for name, field in fields.items()}
 
