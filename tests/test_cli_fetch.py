@@ -65,6 +65,9 @@ def test_a_version_is_announced_fetched_and_found_again(remote, tmp_path, decode
     status, out, err = command(remote, tmp_path, "fetch", "ltx-2.3", "--dry-run", "--json")
     assert status == 0 and remote.bytes_sent() < 60_000
     planned = json.loads(out)
+    status, out, err = command(remote, tmp_path, "info", "ltx-2.3", "--json")
+    assert status == 0 and remote.bytes_sent() < 120_000
+    assert json.loads(out)["path"] == planned["path"] and json.loads(out)["layout"] == "combined"
     assert (planned["repository"], planned["files"]) == (FIRST.repo, [FIRST.file])
     remote.sent.clear()
     status, out, err = command(remote, tmp_path, "fetch", "ltx-2.3")
@@ -77,7 +80,7 @@ def test_a_version_is_announced_fetched_and_found_again(remote, tmp_path, decode
     )
     remote.sent.clear()
     status, out, err = command(remote, tmp_path, "info", "ltx-2.3")
-    assert status == 0 and "LTX-2.3 / 2.5" in out and "is there: " in err
+    assert status == 0 and "LTX-2.3 / 2.5" in out and planned["path"] in out and err == ""
     assert not remote.bytes_sent("/blobs/")
     status, out, err = command(remote, tmp_path, "fetch", "ltx-2.3", "-q", HF_HUB_OFFLINE="1")
     assert (status, out.strip(), err) == (0, planned["path"], "")

@@ -11,7 +11,7 @@ from common import measure
 from mlx.utils import tree_flatten
 from vae_cases import random_latents, small_decoder
 
-from mlx_vae_tiling.checkpoints.describe import DEMO
+from mlx_vae_tiling.checkpoints.locate import DEMO
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.runtime.plan import plan_decode
 from mlx_vae_tiling.stage import decoding as stage_module

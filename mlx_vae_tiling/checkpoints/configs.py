@@ -109,7 +109,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         OSError: If it cannot be read.
         ValueError: If it holds none.
     """
-    return _json_object(str(path), _read_text(path))
+    return _json_object(str(path), read_text(path))
 
 
 def find_config(
@@ -161,17 +161,28 @@ def find_config(
         ) from error
 
 
+def metadata_texts(place: str, metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The JSON in a file's metadata, with its origin."""
+    if "config" in metadata:
+        yield f"the metadata of {place}", metadata["config"]
+
+
 def side_texts(path: Path, metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The JSON in a file's metadata and in the files beside it, each with its origin."""
-    if "config" in metadata:
-        yield f"the metadata of {path}", metadata["config"]
+    yield from metadata_texts(str(path), metadata)
     for name in CONFIG_FILES:
         side_file = path.parent / name
         if side_file.is_file():
-            yield str(side_file), _read_text(side_file)
+            yield str(side_file), read_text(side_file)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file that may be a config.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no text, or too much.
+    """
     if path.stat().st_size > LARGEST_CONFIG_BYTES or not path.is_file():
         raise ValueError(f"{path} must be a file of at most {LARGEST_CONFIG_BYTES} bytes to be a config")
     try:

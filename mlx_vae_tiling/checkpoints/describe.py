@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_vae_tiling.checkpoints.configs import Config, side_texts
+from mlx_vae_tiling.checkpoints.fetch import plan_fetch, warn_of
+from mlx_vae_tiling.checkpoints.fetch_plan import remote_texts
 from mlx_vae_tiling.checkpoints.files import FOLDERS, choose_decoder_files, merged, with_shards
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo, StoredDecoder, identify
-from mlx_vae_tiling.checkpoints.locate import Source, locate
+from mlx_vae_tiling.checkpoints.locate import Located, Remote, Source, locate, parse_source
 from mlx_vae_tiling.media.safetensors_header import read_local_header
 
 
@@ -16,22 +18,35 @@ def describe_checkpoint(source: Source, *, config: Config | None = None) -> Chec
     """Says what `load_decoder` would load, from headers alone.
 
     Args:
-        source: As in `load_decoder`.
+        source: As in `load_decoder`. Of what is on the Hub, too, only headers are transferred; the path
+            is the one that it will have.
         config: As in `load_decoder`.
 
     Raises:
         OSError: As `load_decoder` does.
         ValueError: As `load_decoder` does.
     """
-    return find_decoder(source, config).info
+    found = source if isinstance(source, Located) else parse_source(source)
+    if not isinstance(found, Remote):
+        return find_decoder(source, config).info
+    plan = plan_fetch(found.source, filename=found.filename)
+    warn_of(plan)
+    if plan.source is None:
+        return _find(Located(plan.path, found.version), config).info
+    header = merged(plan.source.header(file) for file in plan.files)
+    texts = remote_texts(plan.source, plan.files[0], header)
+    return identify(plan.path, header, texts, config, found.version).info
 
 
 def find_decoder(source: Source, given: Config | None) -> StoredDecoder:
     """Finds, names and checks the tensors of a decoder; see `load_decoder`."""
-    path, version = locate(source)
-    files = _files(path)
+    return _find(locate(source), given)
+
+
+def _find(located: Located, given: Config | None) -> StoredDecoder:
+    files = _files(located.path)
     header = merged(read_local_header(file) for file in files)
-    return identify(files[0], header, side_texts(files[0], header.metadata), given, version)
+    return identify(files[0], header, side_texts(files[0], header.metadata), given, located.version)
 
 
 def _files(path: Path) -> list[Path]:

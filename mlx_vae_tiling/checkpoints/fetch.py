@@ -54,9 +54,14 @@ def fetch_vae(
         CheckpointWarning: If another place, or what was fetched before, has to do.
     """
     plan = plan_fetch(repo_id, filename=filename, revision=revision, token=token, cache_dir=cache_dir)
-    for note in plan.notes:
-        warnings.warn(note, CheckpointWarning, stacklevel=2)
+    warn_of(plan)
     return plan.run(progress=progress)
+
+
+def warn_of(plan: FetchPlan) -> None:
+    """Warns of what goes otherwise than asked."""
+    for note in plan.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=3)
 
 
 def plan_fetch(

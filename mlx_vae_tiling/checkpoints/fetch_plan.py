@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from mlx_vae_tiling.checkpoints import hub
-from mlx_vae_tiling.checkpoints.configs import CONFIG_FILES
+from mlx_vae_tiling.checkpoints.configs import CONFIG_FILES, metadata_texts, read_text
 from mlx_vae_tiling.checkpoints.extract import Extract
 from mlx_vae_tiling.checkpoints.files import (
     choose_decoder_files,
@@ -190,15 +191,20 @@ def _plan_extract(source: hub.Repository, file: str, target: Path, version: str 
 
 def _check_version(source: hub.Repository, file: str, header: Header, version: str) -> None:
     """Before anything large is transferred: files change."""
-    texts = [(f"the metadata of {file}", header.metadata["config"])] if "config" in header.metadata else []
-    texts += [(side, source.download(side).read_text()) for side in _side_files(source, file)]
     place = Path(f"{source.id}/{file}")
     try:
-        found = identify(place, header, texts, None, assumed=version).info.version
+        found = identify(place, header, remote_texts(source, file, header), None, version).info.version
     except ValueError as error:
         raise NotThere(str(error)) from error
     if found != PUBLISHED[version].title:
         raise NotThere(f"{place} holds {found}, not {PUBLISHED[version].title}")
+
+
+def remote_texts(source: hub.Repository, file: str, header: Header) -> Iterator[tuple[str, str]]:
+    """What `side_texts` gives, of a file on the Hub."""
+    yield from metadata_texts(f"{source.id}/{file}", header.metadata)
+    for side_file in _side_files(source, file):
+        yield f"{source.id}/{side_file}", read_text(source.download(side_file))
 
 
 def _side_files(source: hub.Repository, file: str) -> list[str]:

@@ -25,6 +25,11 @@ class Remote(NamedTuple):
     source: str
     filename: str | None
 
+    @property
+    def version(self) -> str | None:
+        """The name of the version, if it is one."""
+        return self.source if self.source in SOURCES else None
+
 
 class Located(NamedTuple):
     """A file or directory, and the name of the version that it was fetched as."""
@@ -50,8 +55,8 @@ def locate(source: Source) -> Located:
     found = parse_source(source)
     if isinstance(found, Path):
         return Located(found)
-    if found.source in SOURCES:
-        return Located(fetch_vae(found.source), found.source)
+    if found.version:
+        return Located(fetch_vae(found.source), found.version)
     try:
         return Located(fetch_vae(found.source, filename=found.filename))
     except (NotThere, Unreachable) as error:

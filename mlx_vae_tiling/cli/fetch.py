@@ -54,7 +54,7 @@ def locate_aloud(source: str, quiet: bool = False) -> Located:
         return Located(found)
     plan = plan_fetch(found.source, filename=found.filename)
     _announce(plan, quiet)
-    return Located(plan.run(progress=not quiet), found.source if found.source in SOURCES else None)
+    return Located(plan.run(progress=not quiet), found.version)
 
 
 def _announce(plan: FetchPlan, quiet: bool) -> None:

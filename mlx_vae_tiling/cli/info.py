@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
-from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import SOURCE, parse_config
 from mlx_vae_tiling.cli.printing import checkpoint_fields, checkpoint_text, print_result
 
@@ -23,6 +22,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints it; returns the exit status."""
-    info = describe_checkpoint(locate_aloud(args.source), config=parse_config(args.config))
+    info = describe_checkpoint(args.source, config=parse_config(args.config))
     print_result(args, checkpoint_text(info), checkpoint_fields(info))
     return 0

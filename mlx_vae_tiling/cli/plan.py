@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
-from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_tiling, parse_window
 from mlx_vae_tiling.cli.printing import plan_fields, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vae in PUBLISHED and not Path(args.vae).exists():
         config, stored = PUBLISHED[args.vae].config, "bfloat16"
     else:
-        info = describe_checkpoint(locate_aloud(args.vae), config=parse_config(args.config))
+        info = describe_checkpoint(args.vae, config=parse_config(args.config))
         config, stored = info.config, info.dtype
     size = parse_size("--shape", args.shape)
     if (args.latents is None) == (size is None):
