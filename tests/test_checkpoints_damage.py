@@ -190,6 +190,7 @@ def test_thousands_of_surplus_tensors_are_listed_in_short(tmp_path):
 
 def test_texts_are_shortened():
     assert shortened("a  b\n c") == "a b c" and shortened("x" * 80) == "x" * 80
+    assert shortened("a\x1b[31m\0b") == "a?[31m?b"
     assert shortened("x" * 50 + "y" * 50) == "x" * 38 + "..." + "y" * 38
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
+import resource
 import traceback
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -478,6 +480,31 @@ def test_room_is_looked_for_before_the_transfer(remote, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"needs \d+ bytes of free space, it has 1000"):
         plan.run()
     assert not remote.sent
+
+
+def test_a_disk_that_fills_up_is_named_and_what_came_is_kept(remote, tmp_path, big):
+    remote.repos["owner/name"] = Repo({"a.safetensors": large_checkpoint(tmp_path, big)})
+    plan = plan_fetch("owner/name")
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*a-video-decoder.safetensors.part'"):
+            plan.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert plan.extract.kept_bytes == 3_000_000
+    assert same_parameters(plan.run(), big)
+
+
+def test_the_page_has_the_sizes_of_the_versions():
+    page = (Path(__file__).parent.parent / "examples/fetching.md").read_text()
+    rows = re.findall(r"^\| (LTX[^|]+) \| ([\d.]+) M \| (\d+) MB \|$", page, re.MULTILINE)
+    published = {version.title: version.config.parameters for version in PUBLISHED.values()}
+    assert {title: (float(m), int(mb)) for title, m, mb in rows} == {
+        title: (round(count / 1e6, 1), round(2 * count / 1e6)) for title, count in published.items()
+    }
+    assert all(f"`{name}`" in page for name in SOURCES)
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -70,10 +70,17 @@ class Extract:
             part.seek(done)
             for start, stop in self._missing(done):
                 for piece in pieces(start, stop):
-                    part.write(piece)
+                    self._append(part, piece)
                     report(len(piece))
             os.fsync(part.fileno())
             self.part.replace(self.target)
+
+    def _append(self, part: BinaryIO, piece: bytes) -> None:
+        try:
+            while piece:
+                piece = piece[part.write(piece) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.part)) from error
 
     def _kept(self, part: BinaryIO) -> int:
         size = part.seek(0, os.SEEK_END)

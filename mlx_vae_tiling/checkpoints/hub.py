@@ -181,9 +181,8 @@ def remembered_commit(asked: str, revision: str | None, cache_dir: Path | None) 
     if revision and _COMMIT.fullmatch(revision):
         return asked, revision
     note = _note(asked, revision, cache_dir)
-    if note.is_file():
-        repo_id, commit = note.read_text().split()
-        return repo_id, commit
+    if note.is_file() and len(noted := note.read_text().split()) == 2:
+        return noted[0], noted[1]
     theirs = _cache(asked, cache_dir) / "refs" / (revision or "main")
     return (asked, theirs.read_text().strip()) if theirs.is_file() else None
 

@@ -42,7 +42,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     plan = plan_fetch(found.source, filename=found.filename, revision=args.revision)
     _announce(plan, args.quiet)
-    path = plan.path if args.dry_run else plan.run(progress=not args.quiet)
+    try:
+        path = plan.path if args.dry_run else plan.run(progress=not args.quiet)
+    except KeyboardInterrupt:
+        kept = plan.extract.kept_bytes if plan.extract else 0
+        print(
+            f"{NAME}: interrupted; {format_bytes(kept)} are kept, the same command continues", file=sys.stderr
+        )
+        return 130
     print_result(args, path, _fields(plan))
     return 0
 

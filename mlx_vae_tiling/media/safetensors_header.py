@@ -111,8 +111,8 @@ def read_local_header(path: Path) -> Header:
 
 
 def shortened(text: str, longest: int = LARGEST_SHOWN) -> str:
-    """A text of one line and at most `longest` characters, without its middle where it has more."""
-    text = " ".join(text.split())
+    """A text of one line of printable characters, at most `longest`, without its middle where it has more."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     kept = (longest - 3) // 2
     return text if len(text) <= longest else f"{text[:kept]}...{text[-kept:]}"
 
