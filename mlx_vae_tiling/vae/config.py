@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mlx_vae_tiling.vae.blocks import (
     STRIDES,
@@ -25,6 +25,21 @@ TIMESTEP_FEATURES = 256
 MOST_BLOCKS = 64
 MOST_LAYERS = 64
 MOST_CHANNELS = 2**16
+
+
+class Config(Protocol):
+    """What a decoder's config says whatever the decoder."""
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def temporal_scale(self) -> int: ...
+    @property
+    def spatial_scale(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
 
 
 class Layer(NamedTuple):
