@@ -45,6 +45,7 @@ def plan_decode(
     window: Window | None = None,
     causal: bool | None = None,
     parts: tuple[Part, ...] | None = None,
+    chunk: tuple[int, int | None] | None = None,
 ) -> DecodePlan:
     """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
 
@@ -59,6 +60,8 @@ def plan_decode(
         window: The part of the output that is wanted; None for all of it.
         causal: Overrides the config's.
         parts: Those of an earlier plan for the same window, to be kept.
+        chunk: Latent frames per step and the bound on the frames of a layer, in place of the largest
+            useful ones that fit.
 
     Returns:
         The plan. Where nothing fits, the smallest there is, with `fits` False.
@@ -86,7 +89,7 @@ def plan_decode(
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
     parts = parts or _choose_parts(model, wanted, budget, tiling)
-    return _plan_chunks(model, wanted, budget, tiling, parts)
+    return _plan_chunks(model, wanted, budget, tiling, parts, [chunk] if chunk else list(_steps(model)))
 
 
 def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
@@ -163,10 +166,14 @@ def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | Non
 
 
 def _plan_chunks(
-    model: CostModel, wanted: Region, budget: int, halo: int | None, parts: tuple[Part, ...]
+    model: CostModel,
+    wanted: Region,
+    budget: int,
+    halo: int | None,
+    parts: tuple[Part, ...],
+    steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
-    """The largest useful chunk with which these windows fit."""
-    steps = list(_steps(model))
+    """The largest of these chunks with which these windows fit."""
     limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]

@@ -98,6 +98,11 @@ class Backend:
         """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
         return 1.0
 
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        """The forms of convolution that may compete."""
+        return ("stock", "folded")
+
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
         return chunk_bytes
@@ -212,6 +217,10 @@ class CPUBackend(Backend):
     @property
     def longest_evaluation_seconds(self) -> float:
         return math.inf
+
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        return ("numpy", "blocked")
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""

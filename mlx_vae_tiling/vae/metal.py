@@ -36,6 +36,10 @@ class MetalBackend(Backend):
     def pieces_ahead(self) -> int:
         return 0
 
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        return get_args(gpu.GPUForm)
+
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """All that is left: MLX keeps active memory and its cache within the memory limit together."""
         return memory_limit
