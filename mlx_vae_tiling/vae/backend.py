@@ -103,6 +103,15 @@ class Backend:
         """The forms of convolution that may compete."""
         return ("stock", "folded")
 
+    @property
+    def wires_memory(self) -> bool:
+        """Whether MLX can keep memory from being paged out."""
+        return self.name == "metal"
+
+    def device_memory(self) -> dict[str, int | str] | None:
+        """What MLX says of the device's memory; None where it is the machine's."""
+        return mx.device_info()
+
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
         return chunk_bytes
@@ -221,6 +230,9 @@ class CPUBackend(Backend):
     @property
     def forms(self) -> tuple[ConvolutionForm, ...]:
         return ("numpy", "blocked")
+
+    def device_memory(self) -> None:
+        return None
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
