@@ -33,7 +33,7 @@ def test_bench_as_json_keeps_forms_and_draws(capsys, tmp_path, monkeypatch):
         assert one["frames"] == 17 and one["plan"]["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=0.1)
     forms = fields["forms"]
     assert len(forms) == 2 and {trial["form"] for trial in forms[0]["trials"]} == set(CPU.forms)
-    kept = load_tuning().of(machine_of(mx.float16), Level(**forms[0]["level"]))
+    kept = load_tuning().of(machine_of(CPU, mx.float16), Level(**forms[0]["level"]))
     assert [trial._asdict() for trial in kept] == forms[0]["trials"]
     assert plot.stat().st_size > 1000
 

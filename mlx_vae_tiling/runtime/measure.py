@@ -45,10 +45,9 @@ class Pass(NamedTuple):
     bytes_per_second: float
 
 
-def machine_of(dtype: mx.Dtype) -> Machine:
+def machine_of(backend: Backend, dtype: mx.Dtype) -> Machine:
     """This machine, as measurements are kept by."""
-    device = mx.default_device()
-    name = str(mx.device_info(device).get("device_name", device))
+    name = str(backend.device().get("device_name", backend.name))
     return Machine(name, version("mlx"), str(dtype).removeprefix("mlx.core."))
 
 

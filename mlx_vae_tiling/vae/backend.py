@@ -110,9 +110,13 @@ class Backend:
         """Whether MLX can keep memory from being paged out."""
         return self.name == "metal"
 
+    def device(self) -> dict[str, int | str]:
+        """What MLX says of the device."""
+        return mx.device_info()
+
     def device_memory(self) -> dict[str, int | str] | None:
         """What MLX says of the device's memory; None where it is the machine's."""
-        return mx.device_info()
+        return self.device()
 
     def opened(self) -> Backend:
         """The backend for one stream: with what only one may use at a time."""
@@ -245,6 +249,9 @@ class CPUBackend(Backend):
     @property
     def forms(self) -> tuple[ConvolutionForm, ...]:
         return ("numpy", "blocked")
+
+    def device(self) -> dict[str, int | str]:
+        return mx.device_info(mx.cpu)
 
     def device_memory(self) -> None:
         return None
