@@ -30,7 +30,7 @@ def test_bench_as_json_keeps_forms_and_draws(capsys, tmp_path, monkeypatch):
     fields = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in fields["decodes"]] == ["whole", "as planned"]
     for one in fields["decodes"]:
-        assert one["frames"] == 17 and one["plan"]["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=0.1)
+        assert one["frames"] == 17 and one["plan"]["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=0.25)
     forms = fields["forms"]
     assert len(forms) == 2 and {trial["form"] for trial in forms[0]["trials"]} == set(CPU.forms)
     kept = load_tuning().of(machine_of(CPU, mx.float16), Level(**forms[0]["level"]))
