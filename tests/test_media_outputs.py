@@ -52,7 +52,9 @@ def test_what_is_there_is_refused_and_untouched(tmp_path, name):
     write(f"{tmp_path}/{name}", noise(3))
     before = snapshot(tmp_path)
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match=r"overwrite=True, --overwrite.* another name: '.*(a\.|png)"):
+        with pytest.raises(
+            FileExistsError, match=r"overwrite=True, --overwrite.* another name: '.*(a\.|png)"
+        ):
             open_video(f"{tmp_path}/{name}", resume=resume)
     assert snapshot(tmp_path) == before
 
@@ -200,7 +202,8 @@ def test_clips_of_a_few_frames(tmp_path, codec, count, suffix):
         "import sys, numpy as np\n"
         "from mlx_vae_tiling.media.video import open_video\n"
         "with open_video(sys.argv[1], codec=sys.argv[2], fps=25) as video:\n"
-        "    video.write(np.random.default_rng(0).integers(0, 256, (int(sys.argv[3]), 64, 64, 3), np.uint8))\n"
+        "    noise = np.random.default_rng(0).integers(0, 256, (int(sys.argv[3]), 64, 64, 3), np.uint8)\n"
+        "    video.write(noise)\n"
     )
     path = str(tmp_path / f"a{suffix}")
     subprocess.run([sys.executable, "-c", code, path, codec, str(count)], check=True, timeout=60)
@@ -224,7 +227,9 @@ def test_space_of_noise_is_enough_for_anything(tmp_path, name, options, dtype):
     if name in ("a.npy", "%d.png"):
         assert taken <= told <= 1.05 * raw + 4096
     else:
-        assert told < raw / 4
+        assert told < raw / 3
+    if name == "a.mov":
+        assert taken <= told
     assert unfinished_frames(tmp_path / name) is None
 
 

@@ -59,10 +59,14 @@ class Kept:
         return bool(needed) and all(unit in self.parameters for unit in needed)
 
     def packets(self) -> Iterator[Packet[Any]]:
-        """The packets in the order of decoding, with the number of their frame as presentation time."""
+        """The packets in the order of decoding, as an encoder gives them: times are numbers of frames."""
+        import av
+
         for number, packet in islice(_numbered(self.path), self.frames):
-            packet.pts = packet.dts = number
-            yield packet
+            data = bytes(packet)
+            same = av.Packet(_with_start_codes(data) if self.codec in _PARAMETER_SETS else data)
+            same.pts, same.is_keyframe = number, packet.is_keyframe
+            yield same
 
 
 def read_kept(path: str) -> Kept | None:
@@ -136,6 +140,16 @@ def _rate(path: str) -> Fraction | None:
         return None
     time_base = packets[0].time_base
     return 1 / (_step(path)[0] * time_base)
+
+
+def _with_start_codes(data: bytes) -> bytes:
+    """Units of H.264 and HEVC, which a file stores after their lengths, as an encoder gives them."""
+    units, at = [], 0
+    while at + 4 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        units.append(data[at + 4 : at + 4 + length])
+        at += 4 + length
+    return b"".join(b"\x00\x00\x00\x01" + unit for unit in units)
 
 
 def _end_of_whole_boxes(path: str) -> int:

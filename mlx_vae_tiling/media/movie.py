@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # Fragments reach the disk as they are made; closing turns the file into a plain one (FFmpeg 7.1 on).
 # With the header delayed to the first fragment, an edit list lets B-frames and the sound start at time 0.
+# Fragments smaller than a group of pictures (frag_duration) can cost the last frame: the muxer then takes the
+# clip's end from the last fragment, where the last frame need not be.
 _MUXER_OPTIONS = {
     "movflags": "+hybrid_fragmented+frag_keyframe+delay_moov",
-    "frag_duration": "500000",
     "flush_packets": "1",
     # Pictures must not wait in memory for sound that has ended.
     "max_interleave_delta": "500000",

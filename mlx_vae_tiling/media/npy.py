@@ -37,7 +37,7 @@ def open_npy(path: str, *, resume: bool, overwrite: bool) -> Output:
 
 def frames_in_npy(path: str) -> int:
     """How many frames an unfinished array holds."""
-    return _kept(path)[0]
+    return _kept(partial_path(path))[0]
 
 
 def _kept(path: str) -> tuple[int, Form | None]:

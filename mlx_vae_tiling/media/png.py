@@ -38,7 +38,7 @@ def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
     return Output(
         pattern,
         kept,
-        partial(_check, _whole(pattern, 0) if kept else None, beside),
+        partial(_check, (_whole(beside, 0) or _whole(pattern, 0)) if kept else None, beside),
         partial(_save, beside, kept),
         lambda frames: _publish(pattern, beside),
     )

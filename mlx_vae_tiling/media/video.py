@@ -42,8 +42,8 @@ def open_video(
 
     Until it is complete, an output lies beside its name: `clip.partial.mp4`, `frame_00000.partial.png`. A
     video can be played there while it grows. However the process ends, `resume=True` continues it: frames
-    that are kept are neither wanted nor encoded again. Of a killed video those are missing that the encoder
-    was still looking at, some 50 of H.264 and HEVC, and half a second.
+    that are kept are neither wanted nor encoded again. Of a killed H.264 or HEVC video those are missing
+    that the encoder was still looking at, about 50, and up to 2 s of an unfinished group of pictures.
 
     Args:
         path: `.mp4`, `.mov`, `.npy`, `frame_%05d.png`, or a directory for PNG (an existing one, or with "/").

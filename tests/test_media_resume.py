@@ -1,0 +1,314 @@
+"""Outputs that a killed process left are continued: the same frames, none of them encoded twice."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mlx_vae_tiling.media.video import open_video, unfinished_frames
+
+av = pytest.importorskip("av")
+
+KILLS = 12
+"""Of each case of the slow test."""
+
+FPS = Fraction(24000, 1001)
+VIDEOS = {
+    "h264": ("a.mp4", None),
+    "hevc": ("a.mp4", "hevc"),
+    "prores": ("a.mov", None),
+    "mov": ("a.mov", "h264"),
+}
+IMAGES = {"npy": ("a.npy", None), "png": ("%04d.png", None)}
+every_video = pytest.mark.parametrize(("name", "codec"), VIDEOS.values(), ids=VIDEOS.keys())
+every_output = pytest.mark.parametrize(
+    ("name", "codec"), (VIDEOS | IMAGES).values(), ids=(VIDEOS | IMAGES).keys()
+)
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[4])
+from test_media_resume import FPS, picture
+from mlx_vae_tiling.media.video import open_video
+
+path, codec, count, audio = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]), sys.argv[5] or None
+video = dict(fps=FPS, audio=audio) if path.endswith((".mp4", ".mov")) else {}
+with open_video(path, codec=codec, resume=True, **video) as video:
+    print("kept", video.frames_kept, flush=True)
+    for first in range(video.frames_kept, count, 5):
+        video.write(picture(range(first, min(first + 5, count))))
+        print("written", flush=True)
+        time.sleep(0.01)
+"""
+
+
+def picture(numbers) -> np.ndarray:
+    """Frames (f, 64, 96, 3) with a pattern that moves, some grain, and their number in black and white."""
+    frames = []
+    for number in numbers:
+        y, x = np.mgrid[:64, :96]
+        waves = np.stack([np.sin(x / 17 + y / 23 + 0.2 * number + k) for k in range(3)], axis=-1)
+        frame = 128 + 80 * waves + np.random.default_rng(number).normal(0, 4, (64, 96, 1))
+        bits = [(number >> bit) & 1 for bit in range(12)]
+        frame[:8] = np.repeat(bits, 8)[None, :, None] * 255
+        frames.append(np.clip(np.round(frame), 0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    bits = frames[:, 2:6, :, 1].reshape(len(frames), 4, 12, 8)[..., 2:6].mean(axis=(1, 3)) > 127
+    return [int(sum(int(bit) << place for place, bit in enumerate(row))) for row in bits]
+
+
+def read(path) -> tuple[np.ndarray, list[float]]:
+    """Frames of a finished output and their times."""
+    if str(path).endswith(".npy"):
+        frames = np.load(path)
+        return frames, [i / FPS for i in range(len(frames))]
+    if "%" in str(path):
+        files = sorted(os.listdir(path.parent))
+        images = [next(av.open(str(path.parent / file)).decode(video=0)).to_ndarray() for file in files]
+        return np.stack(images), [i / FPS for i in range(len(files))]
+    with av.open(str(path), options={"err_detect": "explode"}) as container:
+        decoded = list(container.decode(video=0))
+    assert not any(frame.is_corrupt for frame in decoded)
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded]), [float(f.time) for f in decoded]
+
+
+def packets(path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(container.streams.video[0]) if packet.size]
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((first.astype(float) - second.astype(float)) ** 2)))
+
+
+def check(path, count: int, reference: np.ndarray | None = None) -> None:
+    """A finished output holds frames 0 to count - 1, in order, in time, as good as an uninterrupted one."""
+    frames, times = read(path)
+    assert numbers_of(frames) == list(range(count))
+    assert times == pytest.approx([float(i / FPS) for i in range(count)], abs=2e-4)
+    source = picture(range(count))
+    if path.suffix in (".mp4", ".mov"):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.frames == count
+            assert float(stream.duration * stream.time_base) == pytest.approx(
+                float(count / FPS), abs=1e-3
+            )  # edit lists count in milliseconds
+            assert stream.average_rate == FPS
+            dts = [packet.dts for packet in container.demux(stream) if packet.size]
+            assert all(before < after for before, after in pairwise(dts))
+        if reference is not None:
+            assert psnr(frames, source) > psnr(reference, source) - 0.3
+            worst = min(psnr(frame, truth) for frame, truth in zip(frames, source, strict=True))
+            assert worst > min(psnr(frame, truth) for frame, truth in zip(reference, source, strict=True)) - 2
+    else:
+        np.testing.assert_array_equal(frames, source)
+    assert not [file for file in os.listdir(path.parent) if "partial" in file]
+
+
+def options(name, codec) -> dict:
+    return {"codec": codec, "fps": FPS} if name.endswith((".mp4", ".mov")) else {}
+
+
+def killed(path, codec, count: int) -> None:
+    """Leave beside `path` what a process leaves that is killed after `count` frames."""
+    copy = path.parent / "copy"
+    with open_video(path, **options(path.name, codec)) as video:
+        video.write(picture(range(count)))
+        while video._queue.qsize():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        copy.mkdir()
+        for file in path.parent.glob("*.partial.*"):
+            shutil.copy(file, copy)
+    for file in path.parent.iterdir():
+        if file.is_file():
+            file.unlink()
+    for file in copy.iterdir():
+        shutil.move(file, path.parent)
+    copy.rmdir()
+
+
+@every_output
+def test_what_a_kill_left_is_continued(tmp_path, name, codec):
+    path = tmp_path / name
+    (tmp_path / "whole").mkdir()
+    with open_video(tmp_path / "whole" / name, **options(name, codec)) as video:
+        video.write(picture(range(150)))
+    assert numbers_of(read(tmp_path / "whole" / name)[0]) == list(range(150))
+    reference = read(tmp_path / "whole" / name)[0]
+    shutil.rmtree(tmp_path / "whole")
+    killed(path, codec, 130)
+    with open_video(path, resume=True, **options(name, codec)) as video:
+        kept = video.frames_kept
+        assert 48 <= kept <= 130
+        kept_packets = (
+            packets(tmp_path / f"a.partial{path.suffix}")[:kept] if codec or name == "a.mp4" else []
+        )
+        video.write(picture(range(kept, 150)))
+    check(path, 150, reference)
+    if kept_packets:  # not encoded again
+        assert [len(packet) for packet in packets(path)[:kept]] == [len(packet) for packet in kept_packets]
+        assert packets(path)[:kept] == kept_packets
+
+
+@every_video
+def test_a_file_cut_anywhere_is_continued(tmp_path, name, codec):
+    killed(tmp_path / name, codec, 130)
+    partial = tmp_path / f"a.partial{os.path.splitext(name)[1]}"
+    whole, draw = partial.read_bytes(), random.Random(0)
+    counts = []
+    for cut in sorted([0, 1, 40, 90, 700, *(draw.randrange(len(whole)) for _ in range(12)), len(whole)]):
+        (tmp_path / name).unlink(missing_ok=True)
+        partial.write_bytes(whole[:cut])
+        with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+            counts.append(video.frames_kept)
+            video.write(picture(range(video.frames_kept, 132)))
+        check(tmp_path / name, 132)
+    assert counts == sorted(counts)
+    assert counts[:3] == [0, 0, 0]
+    assert len(set(counts)) >= 3
+
+
+@pytest.mark.parametrize("extra", [0, 1, 1000, 64 * 96 * 3, 64 * 96 * 3 * 2 + 5])
+def test_an_array_keeps_what_its_header_counts(tmp_path, extra):
+    killed(tmp_path / "a.npy", None, 20)
+    with open(tmp_path / "a.partial.npy", "ab") as file:
+        file.write(b"\x55" * extra)
+    with open_video(tmp_path / "a.npy", resume=True) as video:
+        assert video.frames_kept == 20
+        video.write(picture(range(20, 23)))
+    check(tmp_path / "a.npy", 23)
+
+
+@pytest.mark.parametrize(("missing", "kept"), [(1, 19), (64 * 96 * 3 * 5, 15), (10**9, 0)])
+def test_an_array_that_lacks_frames_keeps_the_whole_ones(tmp_path, missing, kept):
+    killed(tmp_path / "a.npy", None, 20)
+    partial = tmp_path / "a.partial.npy"
+    os.truncate(partial, max(0, partial.stat().st_size - missing))
+    with open_video(tmp_path / "a.npy", resume=True) as video:
+        assert video.frames_kept == kept
+        video.write(picture(range(kept, 23)))
+    check(tmp_path / "a.npy", 23)
+
+
+@pytest.mark.parametrize("count", range(124, 136))
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_no_frame_is_lost_at_the_end(tmp_path, codec, count):
+    with open_video(tmp_path / "a.mp4", codec=codec, fps=FPS) as video:
+        video.write(picture(range(count)))
+    check(tmp_path / "a.mp4", count)
+
+
+@every_output
+def test_nothing_but_the_end_was_missing(tmp_path, name, codec):
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **options(name, codec)) as video:
+        video.write(picture(range(30)))
+        raise KeyboardInterrupt
+    assert unfinished_frames(tmp_path / name)[1] == 30
+    with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+        assert video.frames_kept == 30
+    check(tmp_path / name, 30)
+    assert unfinished_frames(tmp_path / name) is None
+
+
+@every_output
+def test_interrupted_again_and_again(tmp_path, name, codec):
+    for end in (1, 2, 9, 40, 41, 100):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_video(tmp_path / name, resume=True, **options(name, codec)) as video,
+        ):
+            video.write(picture(range(video.frames_kept, end)))
+            raise KeyboardInterrupt
+        assert unfinished_frames(tmp_path / name)[1] == end
+    with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+        video.write(picture(range(100, 101)))
+    check(tmp_path / name, 101)
+
+
+CHANGES = {
+    "rate": ("a.mp4", {}, {"fps": 25}, "u1", (64, 96)),
+    "codec": ("a.mp4", {}, {"codec": "hevc"}, "u1", (64, 96)),
+    "quality": ("a.mp4", {"quality": 18}, {"quality": 30}, "u1", (64, 96)),
+}
+
+
+@pytest.mark.parametrize(("name", "before", "after", "dtype", "size"), CHANGES.values(), ids=CHANGES.keys())
+def test_other_settings_are_refused_at_once(tmp_path, name, before, after, dtype, size):
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **before) as video:
+        video.write(picture(range(8)))
+        raise KeyboardInterrupt
+    content = (tmp_path / "a.partial.mp4").read_bytes()
+    with pytest.raises(ValueError, match=r"a\.partial\.mp4 was begun with another.*overwrite=True"):
+        open_video(tmp_path / name, resume=True, **after)
+    assert (tmp_path / "a.partial.mp4").read_bytes() == content
+
+
+@every_output
+@pytest.mark.parametrize(("size", "dtype"), [((64, 98), "u1"), ((66, 96), "u1"), ((64, 96), "u2")])
+def test_other_frames_are_refused(tmp_path, name, codec, size, dtype):
+    if dtype == "u2" and codec != "hevc" and name in ("a.mp4", "a.mov"):
+        size = (66, 98)  # H.264 and ProRes have the same pictures from 8 and 16 bits
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **options(name, codec)) as video:
+        video.write(picture(range(8)))
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(ValueError, match=r"partial.* was begun with .* got .*overwrite=True"),
+        open_video(tmp_path / name, resume=True, **options(name, codec)) as video,
+    ):
+        video.write(np.zeros((1, *size, 3), dtype))
+    with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+        assert video.frames_kept == 8
+        video.write(picture(range(8, 10)))
+    check(tmp_path / name, 10)
+
+
+def start(path, codec, count, audio="") -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, path, codec or "", count, os.path.dirname(__file__), audio]
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@every_output
+def test_kill_and_continue(tmp_path, name, codec):
+    count, draw, kills, inside = 200, random.Random(1), 0, 0
+    (tmp_path / "whole").mkdir()
+    assert start(tmp_path / "whole" / name, codec, count).wait() == 0
+    reference, _ = read(tmp_path / "whole" / name)
+    largest = sum(file.stat().st_size for file in (tmp_path / "whole").iterdir())
+    while kills < KILLS:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        before = 0
+        while True:
+            process = start(folder / name, codec, count)
+            kept = int(process.stdout.readline().split()[1])
+            assert kept >= before
+            before = kept
+            for _ in range(draw.randrange(count // 5)):
+                process.stdout.readline()
+            time.sleep(draw.uniform(0, 0.05))
+            process.kill()
+            taken = sum(file.stat().st_size for file in folder.iterdir())
+            assert taken <= 2.1 * largest + 4096
+            process.stdout.close()
+            if process.wait() == 0:
+                break
+            kills += 1
+            inside += before > 0
+            if not [file for file in os.listdir(folder) if "partial" in file] and os.listdir(folder):
+                break  # killed after the last step
+        check(folder / name, count, reference)
+        shutil.rmtree(folder)
+    assert inside > KILLS / 4
