@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ import numpy as np
 
 if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, Packet
-    from av.container import OutputContainer
+    from av.container import InputContainer, OutputContainer
 
 _COPIED = {
     ".mp4": ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"),
     ".mov": ("aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_f32le"),
 }
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 _AAC_BITS_PER_SECOND = 128_000  # of one channel
 _TOLERANCE_SECONDS = 0.1
+_PIECE_SAMPLES = 256
 
 
 class Track(Protocol):
@@ -85,7 +88,7 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
             if not source.streams.audio:
                 raise ValueError(f"audio must be a file with sound, {path} has none")
             stream = source.streams.audio[0]
-            name = stream.codec_context.name
+            name = stream.codec_context.codec.canonical_name
             known = stream.duration and stream.time_base
             seconds = float(stream.duration * stream.time_base) if known else _length(path)
             return Sound(path, start, seconds, name in _COPIED[container_suffix])
@@ -103,15 +106,24 @@ def _length(path: str) -> float:
     return max((float(end) for _, end, _ in _demux(path)), default=0.0)
 
 
+def _origin(source: InputContainer) -> Fraction:
+    """When a file's sound begins by its own clock: .mp3 has a delay there, which is none beside pictures."""
+    stream = source.streams.audio[0]
+    if source.streams.video or not stream.start_time or not stream.time_base:
+        return Fraction(0)
+    return stream.start_time * stream.time_base
+
+
 def _demux(path: str) -> Iterator[tuple[Fraction, Fraction, Packet[Any]]]:
     """Packets of a file's first sound, with the times in seconds at which they begin and end."""
     import av
 
     with av.open(_local(path)) as source:
+        origin = _origin(source)
         for packet in source.demux(source.streams.audio[0]):
             if packet.size and packet.pts is not None:
-                time_base = packet.time_base
-                yield packet.pts * time_base, (packet.pts + (packet.duration or 0)) * time_base, packet
+                begin = packet.pts * packet.time_base - origin
+                yield begin, begin + (packet.duration or 0) * packet.time_base, packet
 
 
 class _Copied:
@@ -121,16 +133,20 @@ class _Copied:
         import av
 
         with av.open(_local(sound.path)) as source:
-            self._stream = container.add_stream_from_template(source.streams.audio[0])
-        self._packets = _from(_demux(sound.path), sound.start)
+            stream = source.streams.audio[0]
+            self._stream = container.add_stream_from_template(stream)
+            context, packets = stream.codec_context, _demux(sound.path)
+            if context.name.startswith("pcm_"):
+                sample_bytes = context.channels * int(re.findall(r"\d+", context.name)[0]) // 8
+                packets = _pieces(packets, context.sample_rate, sample_bytes)
+        self._packets = _from(packets, sound.start)
         self._start = sound.start
         self._waiting: tuple[Fraction, Packet[Any]] | None = next(self._packets, None)
 
     def until(self, seconds: float | Fraction, last: bool = False) -> Iterator[Packet[Any]]:
         while self._waiting is not None and self._waiting[0] - self._start < seconds:
-            packet = self._waiting[1]
-            shift = round(self._start / packet.time_base)
-            packet.pts = packet.dts = (packet.pts or 0) - shift
+            begin, packet = self._waiting
+            packet.pts = packet.dts = round((begin - self._start) / packet.time_base)
             packet.stream = self._stream
             self._waiting = next(self._packets, None)
             yield packet
@@ -150,6 +166,22 @@ def _from(
         yield begin, packet
 
 
+def _pieces(
+    packets: Iterator[tuple[Fraction, Fraction, Packet[Any]]], rate: int, sample_bytes: int
+) -> Iterator[tuple[Fraction, Fraction, Packet[Any]]]:
+    """Packets of plain samples in small pieces, so that they can be cut."""
+    import av
+
+    for begin, _, packet in packets:
+        data = bytes(packet)
+        for at in range(0, len(data), _PIECE_SAMPLES * sample_bytes):
+            piece = av.Packet(data[at : at + _PIECE_SAMPLES * sample_bytes])
+            first = begin + Fraction(at // sample_bytes, rate)
+            piece.time_base, piece.duration = Fraction(1, rate), piece.size // sample_bytes
+            piece.pts, piece.is_keyframe = round(first * rate), True
+            yield first, first + Fraction(piece.duration, rate), piece
+
+
 class _Encoded:
     """Samples from the start on, exactly, as AAC."""
 
@@ -158,13 +190,16 @@ class _Encoded:
 
         with av.open(_local(sound.path)) as source:
             context = source.streams.audio[0].codec_context
-            self._layout, rate = context.layout.name, context.sample_rate
+            # Where a file does not say which speakers, as many .wav, FFmpeg names only their number.
+            self._layout = _LAYOUTS.get(context.channels, "stereo")
+            rate = context.sample_rate
         self._rate = rate if rate in _AAC_RATES else 48000
         self._stream = cast("AudioStream", container.add_stream("aac", rate=self._rate))
         self._stream.codec_context.layout = self._layout
-        self._stream.codec_context.bit_rate = _AAC_BITS_PER_SECOND * context.channels
+        channels = av.AudioLayout(self._layout).nb_channels
+        self._stream.codec_context.bit_rate = _AAC_BITS_PER_SECOND * channels
         self._pieces = self._cut(sound)
-        self._fed, self._rest = 0, np.zeros((context.channels, 0), np.float32)
+        self._fed, self._rest = 0, np.zeros((channels, 0), np.float32)
 
     def until(self, seconds: float | Fraction, last: bool = False) -> Iterator[Packet[Any]]:
         stop = round(seconds * self._rate)
@@ -200,7 +235,7 @@ class _Encoded:
                     samples = resampled.to_ndarray()
                     if at is None:
                         begin = Fraction(frame.pts or 0) * frame.time_base if frame and frame.time_base else 0
-                        at = round((begin - sound.start) * self._rate)
+                        at = round((begin - _origin(source) - sound.start) * self._rate)
                         if at > 0:
                             yield np.zeros((samples.shape[0], at), np.float32)
                     kept = samples[:, max(0, -at) :]

@@ -94,7 +94,7 @@ def read_kept(path: str) -> Kept | None:
             return Kept(
                 path,
                 frames,
-                context.name,
+                context.codec.canonical_name,
                 (context.height, context.width),
                 context.format.components[0].bits,
                 _rate(path),

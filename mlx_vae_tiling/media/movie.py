@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MUXER_OPTIONS = {
     "movflags": "+hybrid_fragmented+frag_keyframe+delay_moov",
     "flush_packets": "1",
+    # In units of this the edit list says where sound begins: exact for most, not to a millisecond.
+    "movie_timescale": "48000",
     # Pictures must not wait in memory for sound that has ended.
     "max_interleave_delta": "500000",
 }
