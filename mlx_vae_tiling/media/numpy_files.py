@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 from .stored import BFLOAT16, Array, StoredTensor, TensorFile, read_pieces
 
 _LONGEST_TEXT_BYTES = 1 << 16
+_LONGEST_HEADER_BYTES = 10_000
 _MOST_MEMBERS = 10_000
 # Deflate shrinks by at most 1032.
 _SMALLEST_SHARE = 1100
@@ -80,20 +82,28 @@ def _npz_pieces(path: str, member: str) -> Iterator[Array]:
 
 
 def _read_header(file: IO[bytes]) -> _Header:
-    version = np.lib.format.read_magic(file)
+    """Read a header of version 1, 2 or 3: a table of Python's as text.
+
+    NumPy's own reader raises what its tokenizer and parser do, of which there is no list.
+    """
+    major = np.lib.format.read_magic(file)[0]
+    if major not in (1, 2, 3):
+        raise ValueError(f"version {major} of the format is not known")
+    length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
+    if length > _LONGEST_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes, more than {_LONGEST_HEADER_BYTES}")
+    text = file.read(length).decode("utf-8" if major == 3 else "latin1")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of NumPy and of Python's parser about odd spellings
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            elif version == (2, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-            else:
-                raise ValueError(f"version {version} of the format")
-    except (MemoryError, RecursionError, TypeError) as error:  # of nested brackets, of odd types
+            warnings.simplefilter("ignore")  # about odd spellings of numbers and types
+            table = ast.literal_eval(text.strip(" \n"))
+            dtype = np.dtype(table["descr"])
+            shape, fortran = table["shape"], table["fortran_order"]
+    except (SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
         raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {shape}")
+    counted = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+    if not counted or not isinstance(fortran, bool):
+        raise ValueError("its header has no shape or order that can be read")
     return _Header(shape, fortran, dtype)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 BFLOAT16 = np.dtype("V2")  # what mx.save writes for bfloat16, which NumPy does not have
-PIECE_BYTES = 1 << 22
+PIECE_BYTES = 1 << 20
 _MLX_DTYPES = {
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
