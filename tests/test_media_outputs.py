@@ -240,3 +240,16 @@ def test_partial_names():
 
 def test_no_thread_is_left():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("write ")]
+
+
+@every_name
+@pytest.mark.parametrize("left", [b"", b"half a header"])
+def test_what_holds_no_frame_is_in_nobodys_way(tmp_path, name, left):
+    path = f"{tmp_path}/{name}"
+    (tmp_path / "folder").mkdir()
+    beside = partial_path(f"{path}frame_%05d.png" if name == "folder/" else path)
+    with open(beside % 0 if "%" in beside else beside, "wb") as file:
+        file.write(left)
+    assert unfinished_frames(path) is None
+    write(path, noise(2))
+    assert not [found for found in snapshot(tmp_path) if "partial" in found]

@@ -16,6 +16,7 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from .encoders import Encoding
+from .places import BEGIN_AGAIN
 
 if TYPE_CHECKING:
     from av import Packet
@@ -102,8 +103,7 @@ def read_kept(path: str) -> Kept | None:
             )
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(
-            f"{path} is no unfinished video that can be continued ({error}); "
-            "begin again (overwrite=True, --overwrite)"
+            f"{path} is no unfinished video that can be continued ({error}); {BEGIN_AGAIN}"
         ) from error
 
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from .audio import Sound, Track
 from .encoders import Encoding, choose_encoding, converter
 from .kept import Kept, read_kept
-from .places import Frames, Output, flush_to_disk, is_device, partial_path, refuse_existing, replace_durably
+from .places import (
+    BEGIN_AGAIN,
+    Frames,
+    Output,
+    flush_to_disk,
+    is_device,
+    partial_path,
+    refuse_existing,
+    replace_durably,
+)
 
 if TYPE_CHECKING:
     from av import Packet, VideoStream
@@ -63,9 +72,8 @@ def open_movie(path: str, movie: Movie, *, resume: bool, overwrite: bool) -> Out
         return Output(path, 0, lambda frames: None, save, lambda frames: None)
     beside = partial_path(path)
     exists = os.path.exists(path) and not overwrite
-    unfinished = os.path.exists(beside) or os.path.exists(_fresh(beside))
-    refuse_existing(path, exists, beside, unfinished and not overwrite, resume)
-    kept = _settle(beside) if resume else None
+    kept = None if overwrite and not resume else _settle(beside)
+    refuse_existing(path, exists, beside, kept is not None and not resume)
     if kept is None:
         _remove(beside)
         _remove(_fresh(beside))
@@ -127,7 +135,7 @@ def _encoding_of(kept: Kept, movie: Movie) -> Encoding:
                 return encoding
     raise ValueError(
         f"{kept.path} was begun with another codec, frame rate, quality or version of the encoder and cannot "
-        "be continued with these; begin again (overwrite=True, --overwrite)"
+        f"be continued with these; {BEGIN_AGAIN}"
     )
 
 
@@ -138,7 +146,7 @@ def _check(kept: Kept | None, movie: Movie, frames: Frames) -> None:
     if not kept.fits(_encoding_for(movie, frames)):
         raise ValueError(
             f"{kept.path} was begun with frames of height, width and bits {(*kept.size, kept.bits)}, "
-            f"got {height, width} {frames.dtype}; begin again (overwrite=True, --overwrite)"
+            f"got {height, width} {frames.dtype}; {BEGIN_AGAIN}"
         )
 
 

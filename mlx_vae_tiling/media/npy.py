@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from .places import Frames, Output, flush_to_disk, is_device, partial_path, refuse_existing, replace_durably
+from .places import (
+    BEGIN_AGAIN,
+    Frames,
+    Output,
+    flush_to_disk,
+    is_device,
+    partial_path,
+    refuse_existing,
+    replace_durably,
+)
 
 Form = tuple[tuple[int, ...], np.dtype[Any]]
 
@@ -21,8 +30,8 @@ def open_npy(path: str, *, resume: bool, overwrite: bool) -> Output:
         return Output(path, 0, lambda frames: None, partial(_save, path, 0), lambda frames: None)
     beside = partial_path(path)
     exists = os.path.exists(path)
-    refuse_existing(path, exists and not overwrite, beside, os.path.exists(beside) and not overwrite, resume)
-    kept, form = _kept(beside) if resume else (0, None)
+    kept, form = (0, None) if overwrite and not resume else _kept(beside)
+    refuse_existing(path, exists and not overwrite, beside, kept > 0 and not resume)
     if not kept:
         with contextlib.suppress(FileNotFoundError):
             os.remove(beside)
@@ -58,9 +67,7 @@ def _kept(path: str) -> tuple[int, Form | None]:
 def _check(path: str, form: Form | None, frames: Frames) -> None:
     if form is not None and (frames.shape[1:], frames.dtype) != form:
         got = (frames.shape[1:], frames.dtype)
-        raise ValueError(
-            f"{path} was begun with frames {form}, got {got}; begin again (overwrite=True, --overwrite)"
-        )
+        raise ValueError(f"{path} was begun with frames {form}, got {got}; {BEGIN_AGAIN}")
 
 
 def _save(path: str, kept: int, batches: Iterator[Frames]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 Frames = npt.NDArray[Any]
+BEGIN_AGAIN = "begin again (overwrite=True, --overwrite, without resume)"
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ def is_device(path: str) -> bool:
     return stat.S_ISCHR(mode)
 
 
-def refuse_existing(path: str, exists: bool, partial: str, unfinished: bool, resume: bool) -> None:
+def refuse_existing(path: str, exists: bool, beside: str, unfinished: bool) -> None:
     """Raise FileExistsError, which says the way out, if there is something that must not be lost."""
     if exists:
         text = "the output exists already; replace it (overwrite=True, --overwrite) or choose another name"
         raise FileExistsError(errno.EEXIST, text, path)
-    if unfinished and not resume:
+    if unfinished:
         text = (
             "an unfinished output is kept here; continue it (resume=True, --resume) "
             "or begin again (overwrite=True, --overwrite)"
         )
-        raise FileExistsError(errno.EEXIST, text, partial)
+        raise FileExistsError(errno.EEXIST, text, beside)
 
 
 def replace_durably(source: str, target: str) -> None:

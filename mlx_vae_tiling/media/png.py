@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .places import Frames, Output, flush_to_disk, partial_path, refuse_existing
+from .places import BEGIN_AGAIN, Frames, Output, flush_to_disk, partial_path, refuse_existing
 
 _NUMBERED = re.compile(r"(?P<before>(?:[^%]|%%)*)%(?P<form>0?\d*)d(?P<after>(?:[^%]|%%)*)")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -29,9 +29,9 @@ def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
     finished, unfinished = numbers(pattern), numbers(beside)
     # Files that the end of an earlier run has renamed already are not in the way.
     renamed = min(unfinished, default=0)
-    in_the_way = any(number >= renamed for number in finished)
-    refuse_existing(pattern, in_the_way and not overwrite, beside, bool(unfinished) and not overwrite, resume)
-    kept = frames_in_png(pattern) if resume else 0
+    in_the_way = any(number >= renamed for number in finished) and not overwrite
+    kept = 0 if overwrite and not resume else frames_in_png(pattern)
+    refuse_existing(pattern, in_the_way, beside, kept > 0 and not resume)
     for number in unfinished:
         if number >= kept:
             os.remove(beside % number)
@@ -82,10 +82,7 @@ def _whole(pattern: str, number: int) -> tuple[int, int, int] | None:
 def _check(form: tuple[int, int, int] | None, path: str, frames: Frames) -> None:
     got = (*frames.shape[1:3], 8 * frames.dtype.itemsize)
     if form not in (None, got):
-        raise ValueError(
-            f"{path} was begun with (height, width, bits) {form}, got {got}; "
-            "begin again (overwrite=True, --overwrite)"
-        )
+        raise ValueError(f"{path} was begun with (height, width, bits) {form}, got {got}; {BEGIN_AGAIN}")
 
 
 def _save(pattern: str, kept: int, batches: Iterator[Frames]) -> None:
