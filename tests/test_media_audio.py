@@ -37,7 +37,7 @@ def chirp(seconds: float, rate: int = 48000, channels: int = 2) -> np.ndarray:
     return np.stack([tone, 0.5 * tone][:channels])
 
 
-def save_sound(path: Path, samples: np.ndarray, rate: int = 48000) -> Path:
+def save_sound(path: Path, samples: np.ndarray, rate: int = 48000, late: float = 0) -> Path:
     """Write .wav with the wave module, .m4a, .flac, .mp3 and .mkv (AAC beside a picture) with PyAV."""
     integers = np.round(samples * 32767).astype("<i2")
     if path.suffix == ".wav":
@@ -52,7 +52,7 @@ def save_sound(path: Path, samples: np.ndarray, rate: int = 48000) -> Path:
             picture = container.add_stream("libx264", rate=1, width=32, height=32, pix_fmt="yuv420p")
         stream = container.add_stream(codec, rate=rate, layout=layout)
         frame = av.AudioFrame.from_ndarray(integers.T.reshape(1, -1), format="s16", layout=layout)
-        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        frame.sample_rate, frame.pts, frame.time_base = rate, round(late * rate), Fraction(1, rate)
         if path.suffix == ".mkv":
             image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
             container.mux([*picture.encode(image), *picture.encode(None)])
@@ -124,6 +124,27 @@ def test_copied_packets_are_the_same_bytes(tmp_path):
     copied = packets(tmp_path / "a.mp4")
     assert len(copied) == pytest.approx(2 * 48000 / 1024, abs=2)
     assert packets(sound)[: len(copied)] == copied
+    write_video(tmp_path / "b.mp4", 24, sound, audio_start_seconds=1, clip_seconds=3)
+    copied = packets(tmp_path / "b.mp4")
+    assert len(copied) == pytest.approx(48000 / 1024, abs=3)  # one before the start, parts of two
+    assert b"".join(copied) in b"".join(packets(sound))
+
+
+def test_sound_that_begins_later_than_its_pictures(tmp_path):
+    sound = save_sound(tmp_path / "s.mkv", chirp(1.5), late=0.5)
+    write_video(tmp_path / "a.mp4", 48, sound)
+    _, found, begin = read_sound(tmp_path / "a.mp4")
+    expected = np.concatenate([np.zeros((2, 24000)), chirp(1.5)], axis=1)
+    lag, likeness = misplaced(found, begin, expected)
+    assert abs(lag) <= 48
+    assert likeness > 0.98
+
+
+def test_names_with_colons_are_local_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.rename(save_sound(tmp_path / "s.wav", chirp(1)), "file:s.wav")
+    write_video("tee:a.mp4", 24, "file:s.wav")
+    assert sorted(os.listdir()) == ["file:s.wav", "tee:a.mp4"]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])

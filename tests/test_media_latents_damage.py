@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import threading
+import zipfile
 
 import mlx.core as mx
 import numpy as np
@@ -100,6 +101,17 @@ def test_arrays_that_lie(tmp_path, content):
         load_latents(tmp_path / "a.npy")
     assert "\n" not in str(failure.value)
     assert len(str(failure.value)) < 1000
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_archives_are_read_to_the_end_of_each_array(tmp_path, packed):
+    (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", latents=LATENTS)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        content = archive.read("latents.npy").replace(b"(1, 128, 2, 3, 4)", b"(1, 128, 1, 3, 4)")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED if packed else 0) as archive:
+        archive.writestr("latents.npy", content)
+    with pytest.raises(ValueError, match=r"a\.npz is truncated, damaged.*more bytes than the header"):
+        load_latents(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("version", [b"\x01\x00", b"\x02\x00", b"\x03\x00"])

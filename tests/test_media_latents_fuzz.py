@@ -212,20 +212,27 @@ def test_there_are_enough():
     assert CASES_OF_A_FILE * len(FILES) >= 300
 
 
-def bomb(path) -> None:
-    """An archive of a few hundred KB whose array would take 4 GB."""
+def bomb(path, shape: tuple[int, ...]) -> bytes:
+    """An archive of a few KB with 1 MB of zeros, and an array of another shape."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("latents.npy", "w") as file,
     ):
-        header = {"descr": "<f4", "fortran_order": False, "shape": (1, 128, 64, 362, 362)}
         np.lib.format.write_array_header_1_0(file, header)
         file.write(bytes(1 << 20))
+    return path.read_bytes()
 
 
-def test_an_archive_that_claims_more_than_it_can_hold(tmp_path):
-    bomb(tmp_path / "a.npz")
+@pytest.mark.parametrize(("forged", "message"), [(False, "bytes of"), (True, "cannot be in")])
+def test_an_archive_that_claims_more_than_it_can_hold(tmp_path, forged, message):
+    path, shape = tmp_path / "a.npz", (1, 128, 64, 256, 256)  # 2 GiB
+    content = bomb(path, shape)
+    true, false = (1 << 20) + 128, 4 * int(np.prod(shape)) + 128
+    assert struct.pack("<I", true) in content
+    if forged:
+        path.write_bytes(content.replace(struct.pack("<I", true), struct.pack("<I", false)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"a\.npz is truncated, damaged.*bytes of"):
-        load_latents(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=rf"a\.npz is truncated, damaged.*{message}"):
+        load_latents(path)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MOST_BYTES

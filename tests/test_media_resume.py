@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.media import npy
+from mlx_vae_tiling.media import movie, npy
 from mlx_vae_tiling.media.video import open_video, unfinished_frames
 
 av = pytest.importorskip("av")
@@ -182,6 +182,49 @@ def test_a_file_cut_anywhere_is_continued(tmp_path, name, codec):
     assert len(set(counts)) >= 3
 
 
+@every_video
+def test_every_cut_leaves_something_that_can_be_read(tmp_path, name, codec):
+    killed(tmp_path / name, codec, 80, Fraction(4))
+    partial = next(tmp_path.glob("*.partial.*"))
+    whole, begins, at = partial.read_bytes(), [], 0
+    while at < len(whole):
+        begins.append(at)
+        at += int.from_bytes(whole[at : at + 4], "big")
+    begins = begins[:8] + begins[-4:]
+    counts = []
+    for cut in sorted({cut for begin in begins for cut in range(max(0, begin - 2), begin + 20)}):
+        partial.write_bytes(whole[:cut])
+        counts.append((unfinished_frames(tmp_path / name) or ("", 0))[1])
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] > 20
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_packets_are_kept_up_to_the_first_missing_frame(tmp_path, monkeypatch, codec):
+    with monkeypatch.context() as patch:  # fragments that end within a group of pictures
+        patch.setattr(movie, "_MUXER_OPTIONS", {**movie._MUXER_OPTIONS, "frag_duration": "200000"})
+        killed(tmp_path / "a.mp4", codec, 120)
+    partial, kept = tmp_path / "a.partial.mp4", set()
+    whole = partial.read_bytes()
+    for cut in range(len(whole) // 2, len(whole) + 1, len(whole) // 14):
+        (tmp_path / "a.mp4").unlink(missing_ok=True)
+        partial.write_bytes(whole[:cut])
+        with open_video(tmp_path / "a.mp4", codec=codec, fps=FPS, resume=True) as video:
+            kept.add(video.frames_kept)
+            video.write(picture(range(video.frames_kept, 122)))
+        check(tmp_path / "a.mp4", 122)
+    assert len(kept) > 3
+
+
+def test_frames_are_flushed_to_the_disk_every_half_second(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(movie, "flush_to_disk", flushed.append)
+    with open_video(tmp_path / "a.mp4", fps=10) as video:
+        video.write(picture(range(100)))
+    assert len(flushed) == 20
+
+
 @pytest.mark.parametrize("missing", [0, 1, 500])
 @every_video
 def test_killed_while_the_file_was_being_closed(tmp_path, name, codec, missing):
@@ -262,7 +305,7 @@ def test_the_disk_has_the_frames_before_the_header_counts_them(tmp_path, monkeyp
     assert flushed == [(0, 3), (3, 3), (3, 5), (5, 5)]
 
 
-@pytest.mark.parametrize("extra", [0, 1, 1000, 64 * 96 * 3, 64 * 96 * 3 * 2 + 5])
+@pytest.mark.parametrize("extra", [0, 1, 1000, 64 * 96 * 3, 64 * 96 * 3 * 4 + 5])
 def test_an_array_keeps_what_its_header_counts(tmp_path, extra):
     killed(tmp_path / "a.npy", None, 20)
     with open(tmp_path / "a.partial.npy", "ab") as file:
@@ -321,6 +364,7 @@ def test_interrupted_again_and_again(tmp_path, name, codec):
 
 CHANGES = {
     "rate": ("a.mp4", {}, {"fps": 25}, "u1", (64, 96)),
+    "rate of prores": ("a.mov", {}, {"fps": 25}, "u1", (64, 96)),
     "codec": ("a.mp4", {}, {"codec": "hevc"}, "u1", (64, 96)),
     "quality": ("a.mp4", {"quality": 18}, {"quality": 30}, "u1", (64, 96)),
 }
@@ -331,10 +375,11 @@ def test_other_settings_are_refused_at_once(tmp_path, name, before, after, dtype
     with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **before) as video:
         video.write(picture(range(8)))
         raise KeyboardInterrupt
-    content = (tmp_path / "a.partial.mp4").read_bytes()
-    with pytest.raises(ValueError, match=r"a\.partial\.mp4 was begun with another.*overwrite=True"):
+    partial = tmp_path / f"a.partial{os.path.splitext(name)[1]}"
+    content = partial.read_bytes()
+    with pytest.raises(ValueError, match=r"a\.partial\.m.* was begun with another.*overwrite=True"):
         open_video(tmp_path / name, resume=True, **after)
-    assert (tmp_path / "a.partial.mp4").read_bytes() == content
+    assert partial.read_bytes() == content
 
 
 @every_output

@@ -74,7 +74,7 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
     """
     import av
 
-    path = os.fspath(path)
+    path = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, "no such file with sound", path)
     if not os.path.isfile(path):
@@ -84,7 +84,7 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
     except (ValueError, OverflowError, TypeError) as error:
         raise ValueError(f"audio_start_seconds must be a number, got {start_seconds!r}") from error
     try:
-        with av.open(_local(path)) as source:
+        with av.open(path) as source:
             if not source.streams.audio:
                 raise ValueError(f"audio must be a file with sound, {path} has none")
             stream = source.streams.audio[0]
@@ -96,10 +96,6 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
         raise ValueError(
             f"audio must be a file with sound, {path} cannot be read: {error.strerror}"
         ) from error
-
-
-def _local(path: str) -> str:
-    return f"file:{os.path.abspath(path)}"
 
 
 def _length(path: str) -> float:
@@ -118,7 +114,7 @@ def _demux(path: str) -> Iterator[tuple[Fraction, Fraction, Packet[Any]]]:
     """Packets of a file's first sound, with the times in seconds at which they begin and end."""
     import av
 
-    with av.open(_local(path)) as source:
+    with av.open(path) as source:
         origin = _origin(source)
         for packet in source.demux(source.streams.audio[0]):
             if packet.size and packet.pts is not None:
@@ -132,7 +128,7 @@ class _Copied:
     def __init__(self, sound: Sound, container: OutputContainer):
         import av
 
-        with av.open(_local(sound.path)) as source:
+        with av.open(sound.path) as source:
             stream = source.streams.audio[0]
             self._stream = container.add_stream_from_template(stream)
             context, packets = stream.codec_context, _demux(sound.path)
@@ -188,7 +184,7 @@ class _Encoded:
     def __init__(self, sound: Sound, container: OutputContainer):
         import av
 
-        with av.open(_local(sound.path)) as source:
+        with av.open(sound.path) as source:
             context = source.streams.audio[0].codec_context
             # Where a file does not say which speakers, as many .wav, FFmpeg names only their number.
             self._layout = _LAYOUTS.get(context.channels, "stereo")
@@ -209,7 +205,7 @@ class _Encoded:
                 if piece is None:
                     break
                 self._rest = piece
-            now = self._rest[:, : stop - self._fed] if last else self._rest
+            now = self._rest[:, : stop - self._fed]
             self._rest = self._rest[:, now.shape[1] :]
             yield from self._stream.encode(self._frame(now))
         if last:
@@ -229,7 +225,7 @@ class _Encoded:
 
         resampler = av.AudioResampler("fltp", self._layout, self._rate)
         at = None
-        with av.open(_local(sound.path)) as source:
+        with av.open(sound.path) as source:
             for frame in chain(source.decode(source.streams.audio[0]), [None]):
                 for resampled in resampler.resample(frame):
                     samples = resampled.to_ndarray()

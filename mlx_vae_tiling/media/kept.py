@@ -90,7 +90,7 @@ def read_kept(path: str) -> Kept | None:
                 frames = count
         if not frames:
             return None
-        with av.open(f"file:{os.path.abspath(path)}") as container:
+        with av.open(path) as container:
             context = container.streams.video[0].codec_context
             return Kept(
                 path,
@@ -113,7 +113,7 @@ def _numbered(path: str) -> Iterator[tuple[int, Packet[Any]]]:
     for packet in _demux(path):
         assert packet.pts is not None
         number, rest = divmod(packet.pts - first, step)
-        if rest or packet.is_corrupt:
+        if rest:
             return
         yield number, packet
 
@@ -121,7 +121,7 @@ def _numbered(path: str) -> Iterator[tuple[int, Packet[Any]]]:
 def _demux(path: str) -> Iterator[Packet[Any]]:
     import av
 
-    with av.open(f"file:{os.path.abspath(path)}") as container:
+    with av.open(path) as container:
         for packet in container.demux(container.streams.video[0]):
             if packet.size and packet.pts is not None:
                 yield packet
@@ -168,6 +168,6 @@ def _end_of_whole_boxes(path: str) -> int:
             if kind == b"moov" and not described:
                 described = True
                 end = at if end else 0
-            elif kind == b"mdat" and (described or not end):
+            elif kind == b"mdat":
                 end = at
     return end if described else 0

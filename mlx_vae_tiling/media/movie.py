@@ -60,7 +60,13 @@ class Movie:
 
 
 def open_movie(path: str, movie: Movie, *, resume: bool, overwrite: bool) -> Output:
-    """Prepare a video to be written or continued; `path` has no links.
+    """Prepare a video to be written or continued.
+
+    Args:
+        path: Absolute and without links; in a relative one FFmpeg takes what stands before a colon for a
+            protocol.
+        movie: How it is made.
+        resume, overwrite: As `open_video`.
 
     Raises:
         ValueError: What an earlier run has left cannot be continued with these settings.
@@ -174,10 +180,9 @@ def _save(beside: str, target: str, movie: Movie, kept: Kept | None, batches: It
         return
     begun = kept.frames if kept else 0
     file = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)
-    # Without "file:" FFmpeg takes what stands before a colon in a name for a protocol.
     with (
         _closing(file),
-        av.open(f"file:{os.path.abspath(target)}", "w", movie.container, options=_MUXER_OPTIONS) as container,
+        av.open(target, "w", movie.container, options=_MUXER_OPTIONS) as container,
     ):
         stream = container.add_stream(encoding.encoder.name, rate=movie.rate)
         encoding.set_up(stream.codec_context)
