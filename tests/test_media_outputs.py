@@ -128,6 +128,10 @@ def test_renaming_of_images_is_taken_up_where_it_was_killed(tmp_path):
     for number in (0, 1, 2):
         os.replace(tmp_path / f"{number}.partial.png", tmp_path / f"{number}.png")
     assert unfinished_frames(tmp_path / "%d.png")[1] == 6
+    for number in (4, 5):
+        os.remove(tmp_path / f"{number}.png")
+    with pytest.raises(FileExistsError, match="--overwrite"):  # 3.png is of the old sequence still
+        open_video(tmp_path / "%d.png", resume=True)
     with open_video(tmp_path / "%d.png", resume=True, overwrite=True) as video:
         assert video.frames_kept == 6
     np.testing.assert_array_equal(read(tmp_path / "%d.png"), noise(6, seed=1))
