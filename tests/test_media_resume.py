@@ -280,11 +280,13 @@ def test_what_a_continued_file_keeps_lies_there_until_it_is_overtaken(tmp_path):
             copies.mkdir()
             for file in files:
                 shutil.copy(tmp_path / file, copies)
-            seen.append((len(files), unfinished_frames(copies / "a.mp4")[1]))
+            taken = sum(os.path.getsize(tmp_path / file) for file in files)
+            seen.append((len(files), unfinished_frames(copies / "a.mp4")[1], taken))
             shutil.rmtree(copies)
 
     video._save(batches())
-    files, kept = zip(*seen, strict=True)
+    files, kept, taken = zip(*seen, strict=True)
+    assert max(taken) <= 2 * os.path.getsize(tmp_path / "a.partial.mp4")
     assert min(kept) >= before
     assert list(kept) == sorted(kept)
     assert (files[0], files[-1]) == (2, 1)
