@@ -23,10 +23,13 @@ _COPIED = {
     ".mov": ("aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_f32le"),
 }
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+# FFmpeg guesses how long these are, from their first packets.
+_GUESSED_LENGTHS = ("aac", "ac3", "eac3", "mp3")
 _LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 _AAC_BITS_PER_SECOND = 128_000  # of one channel
 _TOLERANCE_SECONDS = 0.1
 _PIECE_SAMPLES = 256
+_SILENT_SAMPLES = 1 << 16
 
 
 class Track(Protocol):
@@ -80,7 +83,7 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
     if not os.path.isfile(path):
         raise ValueError(f"audio must be a file with sound, got {path}")
     try:
-        start = Fraction(start_seconds)
+        start = Fraction(float(start_seconds))
     except (ValueError, OverflowError, TypeError) as error:
         raise ValueError(f"audio_start_seconds must be a number, got {start_seconds!r}") from error
     try:
@@ -89,9 +92,12 @@ def open_sound(path: str | os.PathLike[str], start_seconds: float, container_suf
                 raise ValueError(f"audio must be a file with sound, {path} has none")
             stream = source.streams.audio[0]
             name = stream.codec_context.codec.canonical_name
-            known = stream.duration and stream.time_base
+            known = stream.duration and stream.time_base and source.format.name not in _GUESSED_LENGTHS
             seconds = float(stream.duration * stream.time_base) if known else _length(path)
-            return Sound(path, start, seconds, name in _COPIED[container_suffix])
+            copied = name in _COPIED[container_suffix]
+            if name == "aac" and not stream.codec_context.extradata:
+                copied = False  # in .aac and .ts each packet has its own header, which .mp4 does not take
+            return Sound(path, start, seconds, copied)
     except av.FFmpegError as error:
         raise ValueError(
             f"audio must be a file with sound, {path} cannot be read: {error.strerror}"
@@ -232,8 +238,8 @@ class _Encoded:
                     if at is None:
                         begin = Fraction(frame.pts or 0) * frame.time_base if frame and frame.time_base else 0
                         at = round((begin - _origin(source) - sound.start) * self._rate)
-                        if at > 0:
-                            yield np.zeros((samples.shape[0], at), np.float32)
+                        for silent in range(0, at, _SILENT_SAMPLES):
+                            yield np.zeros((len(samples), min(_SILENT_SAMPLES, at - silent)), np.float32)
                     kept = samples[:, max(0, -at) :]
                     at += samples.shape[1]
                     if kept.shape[1]:
