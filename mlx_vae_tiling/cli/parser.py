@@ -6,11 +6,11 @@ import argparse
 from typing import NoReturn
 
 from mlx_vae_tiling import __version__
-from mlx_vae_tiling.cli import decode, fetch, info, plan
+from mlx_vae_tiling.cli import bench, decode, fetch, info, plan
 from mlx_vae_tiling.cli.printing import NAME
 from mlx_vae_tiling.vae.published import PUBLISHED
 
-COMMANDS = {"decode": decode, "plan": plan, "info": info, "fetch": fetch}
+COMMANDS = {"decode": decode, "plan": plan, "info": info, "fetch": fetch, "bench": bench}
 
 
 class Parser(argparse.ArgumentParser):

@@ -193,6 +193,8 @@ class StreamingDecoder(WeightedModule):
         self.check(latents, options)
         pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
         pace = Pace(latent_frames_per_step, max_chunk_frames)
+        # Another thread, which may consume the stream, cannot compute what is only scheduled in this one.
+        mx.eval(latents, self.parameters())
         return self.run(latents, options, pixels, pace, noise, backend)
 
     def run(
@@ -216,9 +218,10 @@ class StreamingDecoder(WeightedModule):
         """
         # A thread cannot compute what another one has only scheduled.
         mx.eval(latents, self.parameters())
+        policy = self.policy(backend)
 
         def pieces() -> Iterator[mx.array]:
-            yield from self.open(latents, options, pixels, noise, backend).run(pace)
+            yield from self.open(latents, options, pixels, noise, policy).run(pace)
 
         return pieces()
 
@@ -234,7 +237,7 @@ class StreamingDecoder(WeightedModule):
         steps = self.steps(options, latents.dtype)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
         noise = noise or Noise(options.seed, (latents.shape[3], latents.shape[4]))
-        return Stream(steps, regions, latents, self.dtype, self.policy(backend), noise)
+        return Stream(steps, regions, latents, self.dtype, self.policy(backend).opened(), noise)
 
     def policy(self, backend: Backend | str | None = None) -> Backend:
         """A backend with the form of convolution that is pinned, if one is."""

@@ -11,17 +11,11 @@ from functools import partial
 from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_vae_tiling.vae import convolution_gpu as gpu
+from mlx_vae_tiling.vae.convolution_cpu import blocked, convolve_numpy
 
 ConvolutionForm = Literal["stock", "folded", "blocked", "numpy", "gemm", "winograd32", "winograd_time"]
-
-CACHED_FLOATS = 2**16
-"""Numbers that a block of shifted products touches: past a core's cache it is far slower."""
-
-WORKSPACE_BYTES = 32 * 2**20
-"""Bound of the im2col buffers that the CPU forms take, for one row of output at least."""
 
 
 def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionForm) -> mx.array:
@@ -45,75 +39,9 @@ def _stock(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return mx.conv_general(x, weight) + bias
 
 
-def _rows_per_block(x: mx.array) -> int:
-    return max(1, WORKSPACE_BYTES // (4 * 27 * x.shape[-1] * (x.shape[3] - 2)))
-
-
-def _blocked(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """Blocks of rows, each evaluated before the next, so that im2col buffers stay small."""
-    frames = []
-    rows = _rows_per_block(x)
-    for t in range(x.shape[1] - 2):
-        blocks = []
-        for start in range(0, x.shape[2] - 2, rows):
-            blocks.append(_stock(x[:, t : t + 3, start : start + rows + 2], weight, bias))
-            mx.eval(blocks[-1])
-        frames.append(mx.concatenate(blocks, axis=2))
-        mx.eval(frames[-1])
-    return mx.concatenate(frames, axis=1)
-
-
-def _numpy(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """NumPy's BLAS on MLX's buffers, without copies of either input or output in float32."""
-    b, t, h, w, c = x.shape
-    x32, weight32, bias32 = (mx.contiguous(a.astype(mx.float32)) for a in (x, weight, bias))
-    mx.eval(x32, weight32, bias32)
-    out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
-    mx.eval(out)
-    multiply = _multiply_shifts if max(c, len(weight)) <= 32 else _multiply_columns
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-        multiply(*(np.array(a, copy=False) for a in (x32, weight32, bias32, out)))
-    return out.astype(x.dtype)
-
-
-def _multiply_columns(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """im2col for blocks of rows."""
-    b, t, h, w, c = x.shape
-    matrix = weight.reshape(len(weight), -1).T
-    taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3)).transpose(
-        0, 1, 2, 3, 5, 6, 7, 4
-    )
-    rows = max(1, WORKSPACE_BYTES // (4 * 27 * c * (w - 2)))
-    for n, f in np.ndindex(b, t - 2):
-        for start in range(0, h - 2, rows):
-            block = out[n, f, start : start + rows].reshape(-1, len(weight))
-            np.matmul(taps[n, f, start : start + rows].reshape(-1, 27 * c), matrix, out=block)
-            block += bias
-
-
-def _multiply_shifts(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """A product per tap: with rows laid end to end, a tap is a shift of the flattened frames."""
-    b, t, h, w, c = x.shape
-    matrices = np.ascontiguousarray(weight.transpose(1, 2, 3, 4, 0))
-    rows = max(1, CACHED_FLOATS // (w * (c + 2 * len(weight))))
-    total = np.empty((rows * w, len(weight)), np.float32)
-    product = np.empty_like(total)
-    for n, f in np.ndindex(b, t - 2):
-        frames = x[n, f : f + 3].reshape(3, h * w, c)
-        for start in range(0, h - 2, rows):
-            count = min(rows, h - 2 - start)
-            size = count * w - 2
-            total[:size] = bias
-            for i, j, k in np.ndindex(3, 3, 3):
-                offset = (start + j) * w + k
-                np.matmul(frames[i, offset : offset + size], matrices[i, j, k], out=product[:size])
-                total[:size] += product[:size]
-            out[n, f, start : start + count] = total[: count * w].reshape(count, w, -1)[:, : w - 2]
-
-
 FORMS: dict[ConvolutionForm, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
     "stock": _stock,
-    "blocked": _blocked,
-    "numpy": _numpy,
+    "blocked": blocked,
+    "numpy": convolve_numpy,
     "folded": partial(gpu.convolve, form="folded"),
 }
