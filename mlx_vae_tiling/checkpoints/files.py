@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
+from mlx_vae_tiling.checkpoints.parameters import listing
 from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry
 
 PREFIXES = ("vae.decoder.", "vae_decoder.", "decoder.", "")
@@ -56,7 +57,8 @@ def choose_decoder_files(place: str, names: Iterable[str], read: Callable[[str],
             found += [first] * (decoder_prefix(tensors) is not None)
         if len(found) > 1:
             raise ValueError(
-                f"{place} has several files with a video decoder, choose one of them: {', '.join(found)}"
+                f"{place} has several files with a video decoder, choose one of them: "
+                f"{listing(found, ', ', longest=20)}"
             )
         if found:
             return with_shards(found[0], files)
@@ -102,8 +104,7 @@ def no_decoder(place: str, headers: Iterable[Header]) -> ValueError:
         return ValueError(
             f"{place} holds a preview decoder (TAEHV), which is not supported; load the full VAE"
         )
-    beginnings = sorted({name.split(".")[0] for name in names})
-    shown = ", ".join(beginnings[:8]) + (f" and {len(beginnings) - 8} more" if len(beginnings) > 8 else "")
+    shown = listing(sorted({name.split(".")[0] for name in names}), ", ", longest=8)
     expected = ", ".join(f"{prefix}conv_in" for prefix in PREFIXES)
     return ValueError(
         f"{place} holds no LTX video decoder: a kernel of rank 5 must begin with one of {expected}; "

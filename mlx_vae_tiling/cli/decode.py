@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import parse_config
 from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
 from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
@@ -48,7 +49,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Decodes and prints the report; returns the exit status."""
-    decoder = load_decoder(args.vae, dtype=args.dtype, config=parse_config(args.config))
+    decoder = load_decoder(
+        locate_aloud(args.vae, args.quiet), dtype=args.dtype, config=parse_config(args.config)
+    )
     saved = read_given_latents(args, decoder.config)
     statistics = decoder.per_channel_statistics
     if not args.denormalized and looks_denormalized(saved.latents, statistics.mean, statistics.std):

@@ -32,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declares the arguments of this command alone."""
     command.add_argument("latents", nargs="?", metavar="LATENTS", help='saved latents, or "demo"')
     command.add_argument("--shape", metavar="FxHxW", help="size in latents, in their place")
-    add_planning(command, named=f", or one of {', '.join(PUBLISHED)}")
+    add_planning(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_planning(command: argparse.ArgumentParser, named: str = "") -> None:
+def add_planning(command: argparse.ArgumentParser) -> None:
     """Declares the arguments that a plan needs, for `plan` and for `decode`."""
     add = command.add_argument
-    add("--vae", required=True, metavar="SOURCE", help=SOURCE + named)
+    add("--vae", required=True, metavar="SOURCE", help=f"{SOURCE}; versions: {', '.join(PUBLISHED)}")
     add("--memory", metavar="BYTES", help="budget, as 8GB or 6.5GiB; default: 70 %% of what is available")
     add(
         "--tiling",
