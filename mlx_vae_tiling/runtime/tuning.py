@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 
 def accurate(trials: Iterable[Trial], bound: float) -> list[Trial]:
     """The trials whose error is a number up to the bound, the fastest first."""
-    kept = [trial for trial in trials if trial.error <= bound and trial.seconds > 0]
+    kept = [trial for trial in trials if 0 <= trial.error <= bound and trial.seconds > 0]
     return sorted(kept, key=lambda trial: trial.seconds)
 
 
