@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from itertools import islice
 from types import SimpleNamespace
@@ -15,15 +17,16 @@ import pytest
 from vae_cases import joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
-from mlx_vae_tiling.runtime import run, store
+from mlx_vae_tiling.runtime import job, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Pace
+from mlx_vae_tiling.vae.options import Noise
+from mlx_vae_tiling.vae.schedule import Pace
 
 SIZE = (4, 4, 3)
 """Latent frames, height and width of most tests: 25 frames of 96x128 pixels."""
 
-LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_700_000}
+LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_550_000}
 """For these latents and the LTX-2.3 decoder: one chunk, several, and several windows."""
 
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -110,13 +113,13 @@ def test_windows_crop(decoder, latents, limit):
 
 def test_a_halo_sees_as_many_latents_and_no_more(decoder, latents):
     plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS["windows"], tiling=1)
-    assert len(plan.parts) > 1 and all(part.latents for part in plan.parts)
+    assert len(plan.parts) > 1 and not any(part.exact for part in plan.parts)
     frames = frames_of(decoder, latents, plan=plan)
     for part in plan.parts:
-        rows, columns = part.latents
+        rows, columns = (span.slice for span in part.latents[1:])
         crop = decoder(latents[..., rows, columns])
         top, left = rows.start * 32, columns.start * 32
-        height, width = part.window.height, part.window.width
+        height, width = (span.slice for span in part.pixels[1:])
         cut = crop[..., height.start - top : height.stop - top, width.start - left : width.stop - left]
         assert_rounded(frames[:, height, width], cut)
 
@@ -171,15 +174,15 @@ FAULTS = {
 
 def break_frame(monkeypatch, frame, times, fault=FAULTS["not finite"], raises=None):
     """Output frame `frame` is wrong the first `times` times that it is decoded; or an exception is raised."""
-    stream, left = VideoDecoder.stream, [times]
+    run_stream, left = VideoDecoder.run, [times]
 
-    def broken(self, latents, window=None, **options):
-        if window is None:
-            return stream(self, latents, **options)
+    def broken(self, latents, options, pixels, *others):
+        if pixels is None:
+            return run_stream(self, latents, options, pixels, *others)
 
         def pieces():
-            position = window.frames.start
-            for piece in stream(self, latents, window=window, **options):
+            position = pixels.time.start
+            for piece in run_stream(self, latents, options, pixels, *others):
                 inside = frame - position
                 position += piece.shape[2]
                 if 0 <= inside < piece.shape[2] and left[0]:
@@ -193,7 +196,7 @@ def break_frame(monkeypatch, frame, times, fault=FAULTS["not finite"], raises=No
 
         return pieces()
 
-    monkeypatch.setattr(VideoDecoder, "stream", broken)
+    monkeypatch.setattr(VideoDecoder, "run", broken)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -217,6 +220,59 @@ def test_a_lasting_fault_is_told_after_the_frames_before_it(decoder, latents, fa
     assert_rounded(frames, expected[:, :, : len(frames)])
 
 
+DEVICE_ERRORS = [
+    "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size",
+    "[malloc] Unable to allocate 9 bytes.",
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+def test_a_failure_of_the_device_is_tried_again(decoder, latents, limit, message, monkeypatch):
+    expected = decoder(latents)
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError(message))
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
+
+
+@pytest.mark.parametrize("piece", range(4))
+def test_a_failure_that_is_told_late_takes_back_the_frames(decoder, latents, piece, monkeypatch):
+    """A command buffer's failure may surface in a later call, when its frames look finished."""
+    expected, calls, synchronize = decoder(latents), [], mx.synchronize
+
+    def fail_once():
+        calls.append(1)
+        if len(calls) == piece + 1:
+            raise RuntimeError(DEVICE_ERRORS[0])
+        synchronize()
+
+    monkeypatch.setattr(mx, "synchronize", fail_once)
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS["streamed"]), expected)
+    assert len(calls) > piece + 1
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_lasting_failure_of_the_device_keeps_what_was_before(
+    decoder, latents, limit, monkeypatch, tmp_path
+):
+    expected = frames_of(decoder, latents, memory_limit=LIMITS[limit])
+    error = RuntimeError(DEVICE_ERRORS[0])
+    with monkeypatch.context() as broken:
+        break_frame(broken, 9, 99, raises=error)
+        told = r"failed twice at frame \d: \[METAL\].*; the \d frames before are sound. Try a smaller memory"
+        with pytest.raises(RuntimeError, match=told) as raised:
+            decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit])
+        assert raised.value.__cause__ is error
+    decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit], resume=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "shot.npy"), expected)
+
+
+def test_an_error_of_ours_is_not_tried_again(decoder, latents, monkeypatch):
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError("generator raised StopIteration"))
+    with pytest.raises(RuntimeError, match=r"^generator raised StopIteration$"):
+        frames_of(decoder, latents, memory_limit=LIMITS["streamed"])
+
+
 def test_small_frames_may_be_of_one_value(decoder):
     latents = random_latents(decoder, 1, 2, 1, 1)
     decoder = VideoDecoder(decoder.config)
@@ -229,13 +285,79 @@ def test_a_consumer_that_raises_or_stops_leaves_nothing_behind(decoder, latents,
     before = limits()
     with pytest.raises(KeyError):
         for _ in decode_frames(decoder, latents, memory_limit=LIMITS[limit]):
-            assert limits() != before
+            assert limits() == before
             raise KeyError
     assert limits() == before and list(temporary_files.iterdir()) == []
     pieces = decode_frames(decoder, latents, memory_limit=LIMITS[limit])
     next(pieces)
     pieces.close()
     assert limits() == before and list(temporary_files.iterdir()) == []
+
+
+def test_decodes_that_interleave_leave_no_limits_behind(decoder, latents):
+    before = limits()
+    first, second = (
+        decode_frames(decoder, latents, memory_limit=LIMITS[name]) for name in ("streamed", "windows")
+    )
+    next(first)
+    next(second)
+    first.close()
+    assert limits() == before
+    assert np.concatenate(list(second)).shape[1:] == (128, 96, 3) and limits() == before
+
+
+def test_a_plan_is_for_one_decoder_dtype_and_direction(decoder, latents):
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", causal=True)
+    assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents, causal=True))
+    assert_rounded(
+        frames_of(decoder, latents, causal=True, memory_limit="1GB"), decoder(latents, causal=True)
+    )
+    with pytest.raises(ValueError, match="the plan is for causal=True, got False"):
+        decode_frames(decoder, latents, plan=plan, causal=False)
+    half = plan_decode(decoder, latents.shape, memory_limit="1GB", dtype=mx.bfloat16)
+    with pytest.raises(ValueError, match="the plan is for bfloat16 weights, got float32"):
+        decode_frames(decoder, latents, plan=half)
+    with pytest.raises(ValueError, match="the plan is for a decoder of another architecture"):
+        decode_frames(small_decoder("ltx-2"), latents, plan=plan)
+
+
+def test_what_runs_is_what_the_plan_says_runs(decoder, latents):
+    """Also the policy: a plan for Metal runs as Metal would, wherever it is run."""
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend="metal")
+    assert str(plan).endswith("float32 on metal")
+    # Its form of convolution sums in another order, which may round another way.
+    expected = frames_of(decoder, latents).astype(int)
+    difference = np.abs(frames_of(decoder, latents, plan=plan) - expected)
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("tiling", [1, TilingConfig(SpatialTilingConfig(64, 32))])
+def test_tiles_and_halos_see_the_noise_of_the_whole_video(tiling, monkeypatch):
+    """Every part of every field is the part, at its place, of one field per video."""
+    decoder = small_decoder("0.9.1")
+    latents = random_latents(decoder, 1, 2, 6, 4)
+    whole, seen = {}, []
+    field = Noise.field
+
+    def spy(noise, number, region, scale):
+        found = field(noise, number, region, scale)
+        seen.append((number, region, scale, noise.origin, found))
+        return found
+
+    monkeypatch.setattr(Noise, "field", spy)
+    mx.eval(decoder(latents))
+    whole = {number: found for number, *_, found in seen}
+    seen.clear()
+    limit = LIMITS["windows"] if tiling == 1 else "1GB"
+    plan = plan_decode(decoder, latents.shape, memory_limit=limit, tiling=tiling)
+    if tiling == 1:
+        plan = plan_decode(decoder, latents.shape, memory_limit=int(plan.peak_bytes * 1.01), tiling=tiling)
+    frames_of(decoder, latents, plan=plan)
+    assert any(origin != (0, 0, 0) for *_, origin, _ in seen)
+    for number, region, scale, (_, top, left), found in seen:
+        rows = slice(top * scale + region.height.start, top * scale + region.height.stop)
+        columns = slice(left * scale + region.width.start, left * scale + region.width.stop)
+        assert mx.array_equal(found, whole[number][rows, columns])
 
 
 def written(decoder, latents, path, **options):
@@ -257,10 +379,10 @@ def test_file_and_report(decoder, latents, limit, tmp_path):
 
 def test_prores_takes_sixteen_bits(decoder, latents, tmp_path, monkeypatch):
     seen = []
-    finish = run._finish
-    monkeypatch.setattr(run, "_finish", lambda piece, bits: seen.append(bits) or finish(piece, bits))
+    finish = job.finish
+    monkeypatch.setattr(job, "finish", lambda piece, kind: seen.append(kind) or finish(piece, kind))
     decode_to_file(decoder, latents[:, :, :2], tmp_path / "out.MOV")
-    assert set(seen) == {16}
+    assert set(seen) == {"uint16"}
 
 
 def full_disk(*args):
@@ -289,8 +411,8 @@ def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path
     for suffix, copies in (("npy", 2), ("mp4", 1)):
         free = SimpleNamespace(free=copies * needed - 1)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: free)
-        # The stream checks its arguments first, and must not begin.
-        monkeypatch.setattr(VideoDecoder, "_pieces", lambda *given: iter(()))
+        # The decode must not begin.
+        monkeypatch.setattr(VideoDecoder, "run", None)
         with pytest.raises(OSError, match=f"need {copies * needed} bytes"):
             decode_to_file(decoder, latents, tmp_path / f"out.{suffix}")
     assert [entry.name for entry in tmp_path.iterdir()] == ["temporary"]
@@ -348,11 +470,11 @@ def test_resume_of_blended_tiles_and_of_a_halo(decoder, latents, tmp_path, monke
     tiling = TilingConfig.temporal_only(16, 8)
     path, options = tmp_path / "out.npy", {"tiling": tiling, "memory_limit": "1GB"}
     _, expected = written(decoder, latents, path, **options)
-    stream = VideoDecoder.stream_tiled
+    stream = VideoDecoder.run_tiled
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(
             VideoDecoder,
-            "stream_tiled",
+            "run_tiled",
             lambda *a, **o: (1 // (i < 1) and x for i, x in enumerate(stream(*a, **o))),
         )
         decode_to_file(decoder, latents, path, **options)
@@ -370,6 +492,38 @@ def test_resume_without_an_earlier_decode_begins_one(decoder, latents, tmp_path)
     for _ in range(2):
         report, _ = written(decoder, latents, tmp_path / "out.npy", resume=True, memory_limit="1GB")
         assert report.resumed_frames == 0
+
+
+def test_two_decodes_to_one_output(decoder, latents, tmp_path):
+    """The second is told, whichever process it is of, and the first is not disturbed."""
+    path, told = tmp_path / "out.npy", []
+    program = (
+        "import mlx.core as mx, sys; from mlx_vae_tiling import *; d = load_decoder('demo'); "
+        "l = load_latents('demo')[:, :, :1, :2, :2]; "
+        "decode_to_file(d, l, sys.argv[1], resume=len(sys.argv) > 2)"
+    )
+
+    class Rival(VideoDecoder):
+        def run(self, *given):
+            for resume in ([], ["resume"]):
+                command = [sys.executable, "-c", program, str(path), *resume]
+                told.append(subprocess.run(command, capture_output=True, text=True).stderr)
+            return super().run(*given)
+
+    rival = Rival(decoder.config)
+    rival.update(decoder.parameters())
+    _, frames = written(rival, latents, path, memory_limit="1GB")
+    assert len(told) == 2 and all("another process is decoding to this output now" in line for line in told)
+    assert_rounded(frames, decoder(latents))
+
+
+def test_files_of_others_stay(decoder, latents, tmp_path):
+    """What lies beside the store is not the store's to delete."""
+    folder = tmp_path / "out.npy.partial"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    decode_to_file(decoder, latents, tmp_path / "out.npy", memory_limit="1GB")
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
 
 
 def test_an_earlier_decode_is_not_overwritten(decoder, latents, tmp_path, monkeypatch):
@@ -401,8 +555,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_resume_refuses_what_has_changed(decoder, latents, change, tmp_path, monkeypatch):
-    path = tmp_path / "out.npy"
+def test_resume_refuses_what_has_changed(latents, change, tmp_path, monkeypatch):
+    path, decoder = tmp_path / "out.npy", small_decoder("0.9.5" if change == "timestep" else "ltx-2.3")
     folder = interrupted(decoder, latents, path, monkeypatch)
     other, changed, options = CHANGES[change](decoder, latents)
     with pytest.raises(ValueError, match=f"begun with, but .*{change}.* differs from .*delete {folder}"):
@@ -434,7 +588,7 @@ def test_a_damaged_store_is_refused(decoder, latents, damage, tmp_path, monkeypa
 def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, monkeypatch):
     plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS["streamed"])
     paces = record_paces(monkeypatch)
-    monkeypatch.setattr(run.PeakMeter, "read", lambda meter: plan.memory_limit + 1)
+    monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.memory_limit + 1)
     assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
     assert paces[-1].limit(8) < plan.latent_frames_per_step * 8
 
@@ -444,7 +598,7 @@ def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):
     plan = plan_decode(decoder, latents.shape, memory_limit="1.6MB")
     assert plan.limited_by == "the memory limit"
     paces = record_paces(monkeypatch)
-    monkeypatch.setattr(run.PeakMeter, "read", lambda meter: plan.lasting_bytes)
+    monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.lasting_bytes // 2)
     assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
     expected = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
     expected.double(8)
@@ -453,7 +607,7 @@ def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):
 
 def record_paces(monkeypatch):
     paces = []
-    monkeypatch.setattr(run, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
+    monkeypatch.setattr(job, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
     return paces
 
 

@@ -7,10 +7,13 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from numbers import Real
 
 import mlx.core as mx
+
+from mlx_vae_tiling.vae.backends import current_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -54,11 +57,12 @@ def format_bytes(amount: int | float) -> str:
 
 def available_bytes() -> int:
     """What the default device can still take: of Metal's recommended working set, or of the memory."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info()
+    if (info := current_backend().device_memory()) is not None:
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if isinstance(info.get(key), int):
-                return max(int(info[key]) - mx.get_active_memory(), 1)
+                # What is free has no part in use already.
+                used = 0 if key == "free_memory" else mx.get_active_memory()
+                return max(int(info[key]) - used, 1)
     if platform.system() == "Linux":
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -127,11 +131,38 @@ def memory_limits(
         8000000000
     """
     limit = memory_budget(memory)
-    with contextlib.ExitStack() as restored:
-        settings = [(mx.set_memory_limit, limit)]
-        settings.append((mx.set_cache_limit, limit // 8 if cache is None else parse_bytes(cache)))
-        if wired is not None and mx.metal.is_available():
-            settings.append((mx.set_wired_limit, parse_bytes(wired)))
-        for set_limit, value in settings:
-            restored.callback(set_limit, set_limit(value))
+    wanted = {mx.set_memory_limit: limit}
+    wanted[mx.set_cache_limit] = limit // 8 if cache is None else parse_bytes(cache)
+    if wired is not None and current_backend().wires_memory:
+        wanted[mx.set_wired_limit] = parse_bytes(wired)
+    scope = _Scope()
+    try:
+        for set_limit, value in wanted.items():
+            scope.enter(set_limit, value)
         yield limit
+    finally:
+        scope.leave()
+
+
+Setter = Callable[[int], int]
+
+_lock = threading.Lock()
+_scopes: dict[Setter, list[tuple[object, int]]] = {}
+"""Of each limit of the process, who has set it to what, the oldest first; the first entry is the original."""
+
+
+class _Scope:
+    """One use of `memory_limits`. Scopes may end in any order: the youngest that is left prevails."""
+
+    def enter(self, set_limit: Setter, value: int) -> None:
+        with _lock:
+            before = set_limit(value)
+            _scopes.setdefault(set_limit, [(None, before)]).append((self, value))
+
+    def leave(self) -> None:
+        with _lock:
+            for set_limit in list(_scopes):
+                left = _scopes[set_limit] = [entry for entry in _scopes[set_limit] if entry[0] is not self]
+                set_limit(left[-1][1])
+                if len(left) == 1:
+                    del _scopes[set_limit]

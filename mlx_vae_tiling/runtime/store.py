@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,11 +18,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Window
-
-Frames = np.ndarray[Any, np.dtype[Any]]
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.regions import Region, Span
 
 
 class FrameStore:
@@ -50,9 +50,7 @@ class FrameStore:
     ):
         self.folder, self.parts, self.done = folder, parts, done
         self._shape, self._dtype, self._fingerprint = shape, dtype, fingerprint
-        first = parts[0].window
-        assert first.frames and first.height and first.width
-        self._origin = first.frames.start, first.height.start, first.width.start
+        self._corner = parts[0].pixels.height.start, parts[0].pixels.width.start
         self._file = os.open(folder / "frames", os.O_RDWR | os.O_CREAT, 0o644)
 
     @classmethod
@@ -71,12 +69,11 @@ class FrameStore:
         """
         shape = (plan.frames, *plan.size, 3)
         needed = copies * int(np.prod(shape)) * dtype.itemsize
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC, f"the decoded frames need {needed} bytes, the disk has {free} free", str(folder)
             )
-        folder.mkdir(exist_ok=True)
         store = cls(folder, plan.parts, [0] * len(plan.parts), shape, dtype, fingerprint)
         store._write_journal()
         return store
@@ -115,9 +112,8 @@ class FrameStore:
 
     def append(self, part: int, frames: Frames) -> None:
         """Adds finished frames (f, h, w, 3) of a part."""
-        window = self.parts[part].window
-        assert window.height and window.width
-        top, left = window.height.start - self._origin[1], window.width.start - self._origin[2]
+        _, rows, columns = self.parts[part].pixels
+        top, left = rows.start - self._corner[0], columns.start - self._corner[1]
         _, height, width, _ = self._shape
         pixel = 3 * self._dtype.itemsize
         for index, frame in enumerate(np.ascontiguousarray(frames), self.done[part]):
@@ -138,14 +134,16 @@ class FrameStore:
         os.close(self._file)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        """Deletes what the store wrote, and its folder if nothing else is in it."""
+        for name in ("frames", "journal.json", "journal.json.new"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write_journal(self) -> None:
         os.fsync(self._file)
         journal = {
             "fingerprint": self._fingerprint,
             "shape": self._shape,
-            "parts": [_write_part(part) for part in self.parts],
+            "parts": self.parts,
             "done": self.done,
         }
         fresh = self.folder / "journal.json.new"
@@ -153,13 +151,11 @@ class FrameStore:
         os.replace(fresh, self.folder / "journal.json")
 
 
-def fingerprint_of(decoder: VideoDecoder, latents: mx.array, **settings: object) -> dict[str, str]:
+def fingerprint_of(decoder: StreamingDecoder, latents: mx.array, **settings: object) -> dict[str, str]:
     """Hashes of what decides the frames of a decode, by name."""
     weights = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(decoder.parameters())).items()):
         weights.update(name.encode() + _hash(value))
-    defaults = {"timestep": decoder.decode_timestep, "noise_scale": decoder.decode_noise_scale}
-    settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
     return {
         "latents": _hash(latents).hex(),
         "latent dtype": str(latents.dtype),
@@ -182,15 +178,9 @@ def _write_all(file: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _write_part(part: Part) -> list[list[int] | None]:
-    window = part.window
-    slices = (window.frames, window.height, window.width, *(part.latents or (None, None)))
-    return [None if s is None else [s.start, s.stop] for s in slices]
-
-
-def _read_part(bounds: list[list[int] | None]) -> Part:
-    frames, height, width, rows, columns = (None if b is None else slice(*b) for b in bounds)
-    return Part(Window(frames, height, width), None if rows is None or columns is None else (rows, columns))
+def _read_part(spans: list[list[list[int]]]) -> Part:
+    pixels, latents = (Region(*(Span(*map(int, span)) for span in box)) for box in spans)
+    return Part(pixels, latents)
 
 
 def finished_share(folder: Path) -> float | None:
@@ -219,24 +209,61 @@ def open_store(
         copies: How many times the frames will lie on the disk.
 
     Raises:
+        BlockingIOError: If another process has it open.
         FileExistsError: If there is one already and it is not to be resumed.
     """
-    begun = (folder / "journal.json").exists()
-    if begun and not resume:
-        raise FileExistsError(
-            errno.EEXIST,
-            "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
-            str(folder),
-        )
-    if begun:
-        store = FrameStore.reopen(folder, plan, dtype, fingerprint)
-    else:
-        store = FrameStore.create(folder, plan, dtype, fingerprint, copies)
-    finished = False
+    with _locked(folder):
+        begun = (folder / "journal.json").exists()
+        if begun and not resume:
+            raise FileExistsError(
+                errno.EEXIST,
+                "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
+                str(folder),
+            )
+        if begun:
+            store = FrameStore.reopen(folder, plan, dtype, fingerprint)
+        else:
+            store = FrameStore.create(folder, plan, dtype, fingerprint, copies)
+        finished = False
+        try:
+            yield store
+            finished = True
+        finally:
+            store.close()
+            if finished or not any(store.done):
+                store.remove()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process alone; the system lets go of it when the process ends.
+
+    The folder is made if it is missing, and goes if nothing is kept in it at the end.
+    """
+    path = folder / "lock"
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # whoever held the folder has just removed it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                break
+            os.close(file)
+        except BlockingIOError:
+            os.close(file)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another process is decoding to this output now: wait for it, or choose another output",
+                str(folder),
+            ) from None
     try:
-        yield store
-        finished = True
+        yield
     finally:
-        store.close()
-        if finished or not any(store.done):
-            store.remove()
+        if not (folder / "journal.json").exists():
+            path.unlink()
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
+        os.close(file)

@@ -1,6 +1,7 @@
 """Plans blended tiles: which latents each one takes, where its output goes, and with what weights."""
 
 from collections.abc import Callable
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -67,6 +68,43 @@ def plan_tiles(
         _plan_axis(rows, map_spatial_slice, spatial_scale),
         _plan_axis(columns, map_spatial_slice, spatial_scale),
     )
+
+
+def blending_bytes(
+    plan: TilePlan, planes: int, itemsize: int, decoding: Callable[[int, int, int], int], finishing: int
+) -> int:
+    """The most that `iter_decode_with_tiling`, its decoder and the consumer of a piece hold at once.
+
+    Args:
+        plan: The tiles.
+        planes: Batch times channels of the output.
+        itemsize: Bytes per value of the finished pieces.
+        decoding: What decoding a tile of so many latents takes, by frames, height and width.
+        finishing: What the consumer takes beside a piece.
+    """
+    frame = 4 * planes * int(plan.rows[-1].output.stop * plan.columns[-1].output.stop)
+    starts = [int(tile.output.start) for tile in plan.frames] + [int(plan.frames[-1].output.stop)]
+    alone = sum(map(len, plan)) == 3
+    peak = carry = 0
+    for time, (start, end) in zip(plan.frames, pairwise(starts), strict=True):
+        frames = _length(time.output)
+        group, held = 0 if alone else frame * frames, carry
+        for rows, columns in product(plan.rows, plan.columns):
+            plane = 4 * frames * _length(rows.output) * _length(columns.output)
+            tile = planes * plane
+            latents = (_length(axis.latents) for axis in (time, rows, columns))
+            # The pieces of a tile are joined, added to the group and weighted in place.
+            peak = max(peak, held + max(decoding(*latents), 2 * tile))
+            peak = max(peak, group + tile + (carry if held == carry else plane))
+            held = group
+        carry, piece = frame * (start + frames - end), frame * (end - start)
+        rounding = piece // 2 if itemsize < 4 else 0
+        peak = max(peak, carry + piece + rounding + finishing)
+    return peak
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _in_latents(name: str, value: int, scale: int) -> int:

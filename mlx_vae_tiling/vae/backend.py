@@ -1,16 +1,358 @@
-"""Which of MLX's backends computes."""
+"""What depends on the device: `Backend` objects, which are passed in and never asked for by name.
+
+A backend computes the parts of a step whose best form depends on the device, decides what is evaluated
+when, and says, beside each, how much memory that takes.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import platform
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
-Backend = Literal["cpu", "metal", "cuda"]
+from mlx_vae_tiling.vae.blocks import Stride
+from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
+from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
+from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
+from mlx_vae_tiling.vae.options import Noise
+from mlx_vae_tiling.vae.regions import Region
+from mlx_vae_tiling.vae.workspace import Workspace
+
+BackendName = Literal["cpu", "metal", "cuda"]
+
+BLOCK_ELEMENTS = 2**17
+"""How much the CPU activates at a time: a few copies of it fit into a core's cache."""
 
 
-def current_backend() -> Backend:
-    """The backend of the default device."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
+class Taken(NamedTuple):
+    """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
+
+    nbytes: int
+    elements: int
+
+
+class Where(NamedTuple):
+    """Where a step computes, and what it may know of the decode.
+
+    Attributes:
+        inputs: The regions that its inputs hold, in the order of its reads: just what it needs.
+        output: The region that it is to compute.
+        batch: Entries of the batch.
+        dtype: In which the decoder computes.
+        backend: What computes it.
+        noise: The noise of the video.
+    """
+
+    inputs: tuple[Region, ...]
+    output: Region
+    batch: int
+    dtype: mx.Dtype
+    backend: Backend
+    noise: Noise | None = None
+
+
+class ConvolutionSize(NamedTuple):
+    """Numbers of elements of a convolution's arrays, and whether its input is activated first.
+
+    Attributes:
+        given: Of its input, of which
+        frame: are one frame.
+        padded: Of the padded input.
+        made: Of its output.
+        weights: Of its kernel.
+        operands: Their shapes.
+    """
+
+    given: int
+    frame: int
+    padded: int
+    made: int
+    weights: int
+    activated: bool
+    operands: Operands
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Computes lazily and starts the computation of each step without waiting for it, as suits a GPU.
+
+    Args:
+        name: "cpu", "metal" or "cuda".
+        form: Pins a form of convolution; None for the backend's own choice.
+    """
+
+    name: BackendName
+    form: ConvolutionForm | None = None
+
+    @property
+    def pieces_ahead(self) -> int:
+        """Pieces that are being computed while the consumer has the last one."""
+        return 1
+
+    @property
+    def longest_evaluation_seconds(self) -> float:
+        """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
+        return 1.0
+
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        """The forms of convolution that may compete."""
+        return ("stock", "folded")
+
+    @property
+    def wires_memory(self) -> bool:
+        """Whether MLX can keep memory from being paged out."""
+        return self.name == "metal"
+
+    def device(self) -> dict[str, int | str]:
+        """What MLX says of the device."""
+        return mx.device_info()
+
+    def device_memory(self) -> dict[str, int | str] | None:
+        """What MLX says of the device's memory; None where it is the machine's."""
+        return self.device()
+
+    def opened(self) -> Backend:
+        """The backend for one stream: with what only one may use at a time."""
+        return self
+
+    def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
+        """The limit of MLX's cache of freed buffers."""
+        return chunk_bytes
+
+    def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
+        """The form of convolution that is expected to run best.
+
+        On Metal half precision takes the implicit 3-D GEMM, because the Winograd kernels that the stock
+        path selects keep their intermediates in half precision.
+        """
+        return "folded" if self.name == "metal" and dtype != mx.float32 else "stock"
+
+    def settle(self, *arrays: mx.array) -> None:
+        """Has the results of a step computed, so that its inputs can go."""
+        mx.async_eval(*arrays)
+
+    def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
+        """The input of a valid 3x3x3 convolution: activated if asked to, then padded."""
+        x = replicate(x if activation is None else activation(x), padding.frames)
+        if padding.mode == "zeros":
+            return surround(x, padding.rows, padding.columns)
+        return reflect(reflect(x, 2, padding.rows), 3, padding.columns)
+
+    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        """Valid convolution (B, T+2, H+2, W+2, C) to (B, T, H, W, O)."""
+        return convolve(x, weight, bias, self.form or self.default_form(x.dtype))
+
+    def convolution(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        padding: Padding,
+        activation: Activation | None = None,
+        skip: mx.array | None = None,
+        first_frame: int = 0,
+    ) -> mx.array:
+        """All of a convolution: activation, padding, products, and what is added to the result.
+
+        Args:
+            x: (B, T', H', W', C), which padding makes (B, T+2, H+2, W+2, C).
+            weight, bias: (O, 3, 3, 3, C) and (O,).
+            padding: What x lacks.
+            activation: Applied to x first.
+            skip: (B, T, H, W, O), added to the result.
+            first_frame: Number of the first output frame in the video.
+
+        Returns:
+            (B, T, H, W, O).
+        """
+        y = self.convolve(self.prepare(x, padding, activation), weight, bias)
+        return y if skip is None else y + skip
+
+    def upsample(self, y: mx.array, skip: mx.array | None, stride: Stride, repeats: int) -> mx.array:
+        """Channels to positions, plus those of the residual, whose channels are tiled.
+
+        Args:
+            y: (B, T, H, W, C*t*h*w).
+            skip: (B, T, H, W, C/repeats*t*h*w) or None.
+            stride: (t, h, w).
+            repeats: Of the residual's channels.
+        """
+        y = self.computed(depth_to_space(y, stride))
+        if skip is None:
+            return y
+        tiled = [depth_to_space(skip, stride)] * repeats
+        return self.computed(y + self.computed(mx.concatenate(tiled, axis=-1)))
+
+    def computed(self, x: mx.array) -> mx.array:
+        """x, within a step; computed at once where that keeps the memory small."""
+        return x
+
+    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+        """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
+        return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
+
+    def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
+        """What a convolution takes with the sum of its result and a skip, which may reuse neither.
+
+        Args:
+            convolution: Bytes of the convolution alone.
+            made: Elements of its result.
+            shortcut: Bytes of what is made of the skip first.
+            itemsize: Bytes of an element.
+        """
+        return max(convolution, 2 * itemsize * made + shortcut)
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        """What a LayerNorm takes."""
+        return itemsize * given
+
+    def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
+        """What depth-to-space takes, with a residual that is tiled `repeats` times, if any.
+
+        Args:
+            made: Elements that come out of it, of which
+            kept: are kept, in a copy if these are not all.
+        """
+        return itemsize * (made * (3 if repeats else 1) + kept)
+
+
+@dataclass(frozen=True)
+class CPUBackend(Backend):
+    """Computes at once, step by step and frame by frame, so that the peak is small and always the same.
+
+    Args:
+        form: Pins a form of convolution.
+        workspace: Where NumPy's forms compute, outside of MLX; None for a new one each time.
+    """
+
+    name: BackendName = "cpu"
+    workspace: Workspace | None = field(default=None, compare=False)
+
+    def opened(self) -> CPUBackend:
+        return replace(self, workspace=Workspace())
+
+    @property
+    def pieces_ahead(self) -> int:
+        return 0
+
+    @property
+    def longest_evaluation_seconds(self) -> float:
+        return math.inf
+
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        return ("numpy", "blocked")
+
+    def device(self) -> dict[str, int | str]:
+        return mx.device_info(mx.cpu)
+
+    def device_memory(self) -> None:
+        return None
+
+    def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
+        """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
+        return "numpy" if platform.system() == "Linux" else "blocked"
+
+    def settle(self, *arrays: mx.array) -> None:
+        mx.eval(*arrays)
+
+    def convolution(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        padding: Padding,
+        activation: Activation | None = None,
+        skip: mx.array | None = None,
+        first_frame: int = 0,
+    ) -> mx.array:
+        """In float32 one pass over rows in cache: what is activated and what is padded exist only there.
+
+        In half precision what is activated is rounded, as it is on other backends.
+        """
+        if not self._fuses(x.dtype.size):
+            return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
+        return convolve_numpy(
+            *(x, weight, bias),
+            replicas=padding.frames,
+            padding=(*padding.rows, *padding.columns),
+            mode=padding.mode,
+            activation="none" if activation is None else "norm_silu",
+            modulation=None if activation is None else activation.modulation,
+            residual=skip,
+            workspace=self.workspace,
+        )
+
+    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        if (self.form or self.default_form(x.dtype)) != "numpy":
+            return super().convolve(x, weight, bias)
+        return convolve_numpy(x, weight, bias, workspace=self.workspace)
+
+    def _fuses(self, itemsize: int) -> bool:
+        return (self.form or self.default_form(mx.float32)) == "numpy" and itemsize == 4
+
+    def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
+        """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
+        b, t, h, w, c = x.shape
+        first, top, left = padding.frames[0], padding.rows[0], padding.columns[0]
+        shape = (b, t + sum(padding.frames), h + sum(padding.rows), w + sum(padding.columns), c)
+        padded = mx.zeros(shape, x.dtype)
+        view = bits(padded)
+        rows = max(1, BLOCK_ELEMENTS // (b * w * c))
+        for index, start in product(range(t), range(0, h, rows)):
+            block = x[:, index : index + 1, start : start + rows]
+            block = block if activation is None else activation(block)
+            place = slice(top + start, top + start + block.shape[2])
+            view[:, first + index : first + index + 1, place, left : left + w] = bits(block)
+        if padding.mode == "reflect":
+            mirror(view, 2, padding.rows)
+            mirror(view, 3, padding.columns)
+        view[:, :first] = view[:, first : first + 1]
+        view[:, first + t :] = view[:, first + t - 1 : first + t]
+        return padded
+
+    def computed(self, x: mx.array) -> mx.array:
+        mx.eval(x)
+        return x
+
+    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+        """What comes out; unless in one pass also what goes in, which in half precision is cast."""
+        if self._fuses(itemsize):
+            return 4 * size.made
+        activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
+        convolving = 4 * (size.padded + size.made)
+        if itemsize == 2:
+            convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
+        return max(activating, convolving)
+
+    def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
+        return max(convolution, itemsize * made + shortcut)
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        # In float32, with the deviations from the mean and their squares.
+        return given * (4 * 4 if itemsize == 4 else 5 * 4)
+
+    def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
+        tiled = made + made // repeats if repeats else 0
+        return itemsize * (made + max(tiled, kept * (kept < made)))
+
+
+def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:
+    """NumPy's view of an array's buffer; of half-precision numbers, their 16 bits."""
+    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x, copy=False)
+
+
+def mirror(x: np.ndarray[Any, np.dtype[Any]], axis: int, amounts: tuple[int, int]) -> None:
+    """Fills the first and the last position of an axis with those beside their neighbours, or neither."""
+    x = np.moveaxis(x, axis, 0)
+    if amounts[0]:
+        x[0] = x[2]
+    if amounts[1]:
+        x[-1] = x[-3]

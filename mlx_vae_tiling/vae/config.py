@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mlx_vae_tiling.vae.blocks import (
     STRIDES,
@@ -16,10 +16,30 @@ from mlx_vae_tiling.vae.blocks import (
     Stride,
     Upsample,
 )
-from mlx_vae_tiling.vae.forms import read_diffusers, read_original, read_shapes
+from mlx_vae_tiling.vae.config_forms import read_diffusers, read_original, read_shapes
 
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal embedding of a timestep."""
+
+# Far beyond what is published: a config that says more is damaged, and building it would take minutes.
+MOST_BLOCKS = 64
+MOST_LAYERS = 64
+MOST_CHANNELS = 2**16
+
+
+class Config(Protocol):
+    """What a decoder's config says whatever the decoder."""
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def temporal_scale(self) -> int: ...
+    @property
+    def spatial_scale(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
 
 
 class Layer(NamedTuple):
@@ -66,6 +86,10 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not self.decoder_blocks:
             raise ValueError("decoder_blocks must name at least one block, got none")
+        if len(self.decoder_blocks) > MOST_BLOCKS:
+            raise ValueError(
+                f"decoder_blocks must name at most {MOST_BLOCKS} blocks, got {len(self.decoder_blocks)}"
+            )
         if self.spatial_padding_mode not in ("zeros", "reflect"):
             raise ValueError(
                 f"spatial_padding_mode must be 'zeros' or 'reflect', got {self.spatial_padding_mode!r}"
@@ -74,6 +98,9 @@ class DecoderConfig:
             raise ValueError(f"norm_layer must be 'pixel_norm', got {self.norm_layer!r}")
         for index, (block, width) in enumerate(self.blocks()):
             _check_block(index, block, width)
+        widest = max(self.bottleneck_channels, self.latent_channels, self.out_channels * self.patch_size**2)
+        if widest > MOST_CHANNELS:
+            raise ValueError(f"a layer must have at most {MOST_CHANNELS} channels, got {widest}")
 
     @classmethod
     def from_original(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -207,11 +234,9 @@ class DecoderConfig:
 def _check_block(index: int, block: Block, width: int) -> None:
     where = f"decoder_blocks[{index}]"
     if isinstance(block, ResBlocks):
-        if block.num_layers < 1:
-            raise ValueError(f"{where}: num_layers must be at least 1, got {block.num_layers}")
+        _check_range(f"{where}: num_layers", block.num_layers, MOST_LAYERS)
         return
-    if block.multiplier < 1:
-        raise ValueError(f"{where}: multiplier must be at least 1, got {block.multiplier}")
+    _check_range(f"{where}: multiplier", block.multiplier, MOST_CHANNELS)
     if isinstance(block, Upsample):
         positions = math.prod(block.stride)
         if block.stride not in STRIDES.values():
@@ -221,6 +246,13 @@ def _check_block(index: int, block: Block, width: int) -> None:
                 f"{where}: a residual upsampler needs channels divisible by {positions} "
                 f"and a multiplier that divides {positions}, got {width} and {block.multiplier}"
             )
+
+
+def _check_range(what: str, value: int, most: int) -> None:
+    if value < 1:
+        raise ValueError(f"{what} must be at least 1, got {value}")
+    if value > most:
+        raise ValueError(f"{what} must be at most {most}, got {value}")
 
 
 def _embedder_parameters(width: int) -> int:

@@ -6,137 +6,42 @@ the valid convolution (B, T, H, W, O) in the dtype of x. Padding is the caller's
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_vae_tiling.vae.backend import current_backend
+from mlx_vae_tiling.vae import convolution_gpu as gpu
+from mlx_vae_tiling.vae.convolution_cpu import blocked, convolve_numpy
 
-ConvolutionForm = Literal["stock", "folded", "blocked", "numpy"]
-
-CACHED_FLOATS = 2**16
-"""Numbers that a block of shifted products touches: past a core's cache it is far slower."""
-
-WORKSPACE_BYTES = 32 * 2**20
-"""Bound of the im2col buffers that the CPU forms take, for one row of output at least."""
+ConvolutionForm = Literal["stock", "folded", "blocked", "numpy", "gemm", "winograd32", "winograd_time"]
 
 
-def default_form(dtype: mx.Dtype) -> ConvolutionForm:
-    """The form that the default device is expected to run best.
-
-    On Metal, half precision takes the implicit 3-D GEMM, because the Winograd kernels that the
-    stock path selects keep their intermediates in half precision. The CPU wheel for Linux is
-    linked to a reference BLAS, NumPy's to a fast one.
-    """
-    backend = current_backend()
-    if backend != "cpu":
-        return "folded" if backend == "metal" and dtype != mx.float32 else "stock"
-    return "numpy" if platform.system() == "Linux" else "blocked"
-
-
-def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionForm | None = None) -> mx.array:
+def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionForm) -> mx.array:
     """Valid 3x3x3 convolution.
 
     Args:
         x: (B, T+2, H+2, W+2, C).
         weight: (O, 3, 3, 3, C).
         bias: (O,).
-        form: "stock", "folded", "blocked" or "numpy"; by default what `default_form` says.
+        form: "stock", "blocked", "numpy", or one of those in `convolution_gpu`.
 
     Returns:
         (B, T, H, W, O) in the dtype of x.
     """
-    return FORMS[form or default_form(x.dtype)](x, weight, bias)
+    if form == "gemm" or form == "winograd32" or form == "winograd_time":
+        return gpu.convolve(x, weight, bias, form)
+    return FORMS[form](x, weight, bias)
 
 
 def _stock(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return mx.conv_general(x, weight) + bias
 
 
-def _folded(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """Two halves in time, or of the rows of a single frame, as a batch of two."""
-    b, t, h, _, _ = x.shape
-    axis = 1 if t > 3 else 2
-    size = (t if axis == 1 else h) - 2
-    if b > 1 or size == 1:
-        return _stock(x, weight, bias)
-    half = (size + 1) // 2
-    low, high = mx.split(x, [half + 2], axis=axis)[0], mx.split(x, [size - half], axis=axis)[1]
-    low, high = mx.split(_stock(mx.concatenate([low, high]), weight, bias), 2)
-    return mx.concatenate([low, mx.split(high, [2 * half - size], axis=axis)[1]], axis=axis)
-
-
-def _rows_per_block(x: mx.array) -> int:
-    return max(1, WORKSPACE_BYTES // (4 * 27 * x.shape[-1] * (x.shape[3] - 2)))
-
-
-def _blocked(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """Blocks of rows, each evaluated before the next, so that im2col buffers stay small."""
-    frames = []
-    rows = _rows_per_block(x)
-    for t in range(x.shape[1] - 2):
-        blocks = []
-        for start in range(0, x.shape[2] - 2, rows):
-            blocks.append(_stock(x[:, t : t + 3, start : start + rows + 2], weight, bias))
-            mx.eval(blocks[-1])
-        frames.append(mx.concatenate(blocks, axis=2))
-        mx.eval(frames[-1])
-    return mx.concatenate(frames, axis=1)
-
-
-def _numpy(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """NumPy's BLAS on MLX's buffers, without copies of either input or output in float32."""
-    b, t, h, w, c = x.shape
-    out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
-    x32, weight32, bias32 = (mx.contiguous(a.astype(mx.float32)) for a in (x, weight, bias))
-    mx.eval(out, x32, weight32, bias32)
-    multiply = _multiply_shifts if max(c, len(weight)) <= 32 else _multiply_columns
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-        multiply(*(np.array(a, copy=False) for a in (x32, weight32, bias32, out)))
-    return out.astype(x.dtype)
-
-
-def _multiply_columns(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """im2col for blocks of rows."""
-    b, t, h, w, c = x.shape
-    matrix = weight.reshape(len(weight), -1).T
-    taps = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(1, 2, 3)).transpose(
-        0, 1, 2, 3, 5, 6, 7, 4
-    )
-    rows = max(1, WORKSPACE_BYTES // (4 * 27 * c * (w - 2)))
-    for n, f in np.ndindex(b, t - 2):
-        for start in range(0, h - 2, rows):
-            block = out[n, f, start : start + rows].reshape(-1, len(weight))
-            np.matmul(taps[n, f, start : start + rows].reshape(-1, 27 * c), matrix, out=block)
-            block += bias
-
-
-def _multiply_shifts(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """A product per tap: with rows laid end to end, a tap is a shift of the flattened frames."""
-    b, t, h, w, c = x.shape
-    matrices = np.ascontiguousarray(weight.transpose(1, 2, 3, 4, 0))
-    rows = max(1, CACHED_FLOATS // (w * (c + 2 * len(weight))))
-    total = np.empty((rows * w, len(weight)), np.float32)
-    product = np.empty_like(total)
-    for n, f in np.ndindex(b, t - 2):
-        frames = x[n, f : f + 3].reshape(3, h * w, c)
-        for start in range(0, h - 2, rows):
-            count = min(rows, h - 2 - start)
-            size = count * w - 2
-            total[:size] = bias
-            for i, j, k in np.ndindex(3, 3, 3):
-                offset = (start + j) * w + k
-                np.matmul(frames[i, offset : offset + size], matrices[i, j, k], out=product[:size])
-                total[:size] += product[:size]
-            out[n, f, start : start + count] = total[: count * w].reshape(count, w, -1)[:, : w - 2]
-
-
 FORMS: dict[ConvolutionForm, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
     "stock": _stock,
-    "folded": _folded,
-    "blocked": _blocked,
-    "numpy": _numpy,
+    "blocked": blocked,
+    "numpy": convolve_numpy,
+    "folded": partial(gpu.convolve, form="folded"),
 }

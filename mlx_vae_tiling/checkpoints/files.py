@@ -1,0 +1,125 @@
+"""Which file of a folder or repository holds a video decoder: told by headers, not by file names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
+
+from mlx_vae_tiling.checkpoints.parameters import listing
+from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry
+
+PREFIXES = ("vae.decoder.", "vae_decoder.", "decoder.", "")
+"""What precedes `conv_in` in checkpoints, MLX conversions, split files, and files of a decoder alone."""
+
+FOLDERS = ("vae/decoder", "decoder", "vae", "")
+"""Where decoders lie, most specific first; without regard to case."""
+
+_SHARD = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d+)\.safetensors")
+
+
+def decoder_prefix(tensors: Mapping[str, TensorEntry]) -> str | None:
+    """What precedes the names of a convolutional video decoder's tensors; None if there is none."""
+    for prefix in PREFIXES:
+        kernels = (tensors.get(f"{prefix}conv_in.{conv}.weight") for conv in ("conv", "conv.conv"))
+        is_video = any(kernel is not None and len(kernel.shape) == 5 for kernel in kernels)
+        if is_video and any(name.startswith(f"{prefix}up_blocks.") for name in tensors):
+            return prefix
+    return None
+
+
+def decoder_tensors(tensors: Mapping[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
+    """The decoder's tensors and the per-channel statistics, under their names in the file."""
+    outside = prefix.removesuffix("decoder.") if prefix in ("vae.decoder.", "decoder.") else prefix
+    beginnings = (prefix, f"{outside}per_channel_statistics.", f"{outside}latents_")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+
+
+def choose_decoder_files(place: str, names: Iterable[str], read: Callable[[str], Header]) -> list[str]:
+    """Finds the file, or all shards of the file, that holds a video decoder.
+
+    Args:
+        place: The folder or repository, for messages.
+        names: Paths of files relative to it, with "/". Those outside of FOLDERS do not count.
+        read: Reads the header of one of them.
+
+    Raises:
+        ValueError: If none holds a video decoder, or if several of one folder do.
+    """
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    headers: dict[str, Header] = {}
+    for folder in FOLDERS:
+        found = []
+        inside = [file for file in files if str(PurePosixPath(file).parent).lower() == (folder or ".")]
+        headers |= {file: read(file) for file in inside}
+        for first, *others in _groups(inside):
+            tensors = merged([headers[file] for file in (first, *others)]).tensors
+            found += [first] * (decoder_prefix(tensors) is not None)
+        if len(found) > 1:
+            raise ValueError(
+                f"{place} has several files with a video decoder, choose one of them: "
+                f"{listing(found, ', ', longest=20)}"
+            )
+        if found:
+            return with_shards(found[0], files)
+    raise no_decoder(place, headers.values())
+
+
+def with_shards(file: str, names: Iterable[str]) -> list[str]:
+    """The file alone, or all the shards that it is one of.
+
+    Raises:
+        ValueError: If one of the shards is missing.
+    """
+    shard = _SHARD.fullmatch(file)
+    group = next(group for group in _groups({file, *names}) if file in group)
+    if shard and len(group) != int(shard["count"]):
+        raise ValueError(
+            f"{file} needs all {int(shard['count'])} shards in its folder, there are {len(group)} of them"
+        )
+    return group
+
+
+def merged(headers: Iterable[Header]) -> Header:
+    """The header of shards together."""
+    headers = list(headers)
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    return Header(tensors, {key: value for header in headers for key, value in header.metadata.items()})
+
+
+def no_decoder(place: str, headers: Iterable[Header]) -> ValueError:
+    """The error of a place whose files hold no video decoder, saying what they hold instead."""
+    headers = list(headers)
+    names = {name for header in headers for name in header.tensors}
+    if any(re.search(r"\b(det_stages|diff_blocks)\.", name) for name in names):
+        return ValueError(
+            f"{place} holds a diffusion decoder, which is not supported; LTX-2.5's convolutional file "
+            "ltx-2.5-video-vae-conv-bf16.safetensors decodes the same latents"
+        )
+    if any(re.match(r"((vae[._])?encoder\.|)down_blocks\.", name) for name in names):
+        return ValueError(
+            f"{place} holds the encoder of a VAE but not its decoder; load the file of the decoder"
+        )
+    if any(re.match(r"decoder\.\d+\.", name) for name in names):
+        return ValueError(
+            f"{place} holds a preview decoder (TAEHV), which is not supported; load the full VAE"
+        )
+    shown = listing(sorted({name.split(".")[0] for name in names}), ", ", longest=8)
+    expected = ", ".join(f"{prefix}conv_in" for prefix in PREFIXES)
+    return ValueError(
+        f"{place} holds no LTX video decoder: a kernel of rank 5 must begin with one of {expected}; "
+        + (
+            f"its {len(names)} tensors begin with {shown}"
+            if names
+            else "it has no .safetensors file with tensors"
+        )
+    )
+
+
+def _groups(files: Iterable[str]) -> list[list[str]]:
+    """Each file alone, and the shards of one file together, in order."""
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        shard = _SHARD.fullmatch(file)
+        groups.setdefault(f"{shard['stem']}-of-{shard['count']}" if shard else file, []).append(file)
+    return list(groups.values())

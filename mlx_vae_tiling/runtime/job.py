@@ -1,0 +1,233 @@
+"""Decodes the parts of a plan: within MLX's limits, looked at for faults, at a pace that is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
+from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
+from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
+from mlx_vae_tiling.tiling import TilingConfig
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.schedule import Pace
+
+SMALLEST_CACHE_BYTES = 2**20
+
+SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
+"""In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
+
+NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
+
+
+class Failure(NamedTuple):
+    """Why frames cannot be used.
+
+    Args:
+        faults: Index and fault of each frame that is wrong.
+        error: What the device raised.
+    """
+
+    faults: tuple[tuple[int, str], ...] = ()
+    error: RuntimeError | None = None
+
+    def told(self, start: int, sound: int) -> Exception:
+        """The error that ends a decode of which frame `start` failed twice, after so many sound frames."""
+        before = f"the {sound} frames before are sound"
+        if self.error is not None:
+            return RuntimeError(
+                f"decoding failed twice at frame {start}: {self.error}; {before}. Try a smaller memory limit"
+            )
+        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults)
+        return ArithmeticError(
+            f"decoding failed twice: frame {names}; {before}. "
+            "Try a smaller memory limit, float32 weights, or another machine"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A decode and everything it depends on.
+
+    Args:
+        decoder: The decoder, with its weights evaluated.
+        latents: (B, C, F, H, W), finite.
+        plan: For them; it fits.
+        options: Of the decode.
+        kind: Of the frames that are wanted: one of `KINDS`.
+        meter: Of MLX's memory.
+        checked: Whether frames are looked at for faults.
+    """
+
+    decoder: StreamingDecoder
+    latents: mx.array
+    plan: DecodePlan
+    options: DecodeOptions
+    kind: str
+    meter: PeakMeter
+    checked: bool = True
+
+    @classmethod
+    def prepare(
+        cls,
+        decoder: StreamingDecoder,
+        latents: mx.array,
+        options: DecodeOptions,
+        kind: str,
+        plan: DecodePlan | None,
+        checked: bool = True,
+        **planning: Any,
+    ) -> Job:
+        """Checks all of it, and plans the decode where there is no plan yet.
+
+        Args:
+            decoder, latents, options, kind, checked: As `Job`.
+            plan: For these latents; None to make one.
+            **planning: As `plan_decode`.
+
+        Raises:
+            ValueError: If something does not fit something else.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"bits must be 8 or 16, got {kind.removeprefix('uint')}")
+        decoder.check(latents, options)
+        bad = [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
+        if checked and bad:
+            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
+        if plan is None:
+            plan = plan_decode(decoder, latents.shape, causal=options.causal, **planning)
+        plan.require_match(decoder, latents.shape, options)
+        plan.require_fit()
+        weights = list(dict(tree_flatten(decoder.parameters())).values())
+        mx.eval(weights)
+        others = mx.get_active_memory() - sum(value.nbytes for value in weights)
+        return cls(decoder, latents, plan, options, kind, PeakMeter(others), checked)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32 if self.kind == "unit" else self.kind)
+
+    def planned_anew(self, parts: tuple[Part, ...]) -> Job:
+        """The same job for parts that an earlier run has begun, under this run's limit."""
+        old = self.plan
+        plan = plan_decode(
+            self.decoder,
+            old.latent_shape,
+            memory_limit=old.memory_limit,
+            backend=old.backend,
+            tiling=old.tiling,
+            window=None if isinstance(old.tiling, TilingConfig) else old.output.window,
+            causal=old.causal,
+            parts=parts,
+        )
+        plan.require_fit()
+        return replace(self, plan=plan)
+
+    def decode(
+        self, part: Part, done: int = 0, report: Callable[[int], object] | None = None
+    ) -> Iterator[Frames]:
+        """Checked frames of one part from its frame `done` on.
+
+        Frames that are not finite, or large and of one single value, are decoded once more with chunks of
+        half the size, and so are those at which the device failed. MLX's limits are the plan's while a
+        piece is computed, and no longer.
+
+        Args:
+            part: One of the plan's.
+            done: Frames of it that are not wanted.
+            report: Told how many frames are finished, each time that some are.
+
+        Raises:
+            ArithmeticError: If frames are wrong also the second time.
+            RuntimeError: If the device fails also the second time.
+        """
+        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames)
+        origin, stop, _ = part.pixels.time
+        failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
+        while start < stop:
+            pieces, failure = self._stream(part, start, pace), None
+            while start < stop and failure is None:
+                began = time.perf_counter()
+                with self._limits():
+                    frames, failure = self._next(pieces)
+                    if failure is None:
+                        count = frames.shape[2 if self.kind == "unit" else 0]
+                        may_grow = self._correct(pace, count, time.perf_counter() - began, may_grow)
+                if failure is None:
+                    start += count
+                    if report:
+                        report(count)
+                    yield frames
+            if failure is None:
+                return
+            if failed_at == start:
+                raise failure.told(start, start - origin) from failure.error
+            failed_at = start
+            # The error's traceback holds the stream's frames.
+            del pieces, failure
+            mx.clear_cache()
+            pace.halve(self.decoder.config.temporal_scale)
+
+    def _next(self, pieces: Iterator[mx.array]) -> tuple[Frames, Failure | None]:
+        """The next finished frames, and what is wrong with them."""
+        try:
+            frames, faults = finish(next(pieces), self.kind)
+            # The failure of a command buffer may be told of by a later call only.
+            mx.synchronize()
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in SIGNS_OF_THE_DEVICE):
+                raise
+            return NO_FRAMES, Failure(error=error)
+        return frames, Failure(tuple(faults)) if faults and self.checked else None
+
+    def _limits(self) -> Any:
+        limit = self.plan.memory_limit + self.meter.others
+        cache = self.plan.backend.cache_bytes(limit, max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
+        return memory_limits(limit, cache=cache)
+
+    def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
+        """Pieces of one part from output frame `start` on."""
+        decoder, plan, options = self.decoder, self.plan, self.options
+        if isinstance(plan.tiling, TilingConfig):
+            return _skip(decoder.run_tiled(self.latents, options, plan.tiling, plan.backend), start)
+        _, rows, columns = part.latents
+        latents = self.latents[..., rows.slice, columns.slice]
+        noise = Noise(options.seed, (rows.size, columns.size), (0, rows.start, columns.start))
+        pixels = part.inside
+        return decoder.run(latents, options, pixels.over(start, pixels.time.stop), pace, noise, plan.backend)
+
+    def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
+        """Adapts the chunks to what was measured, once they have reached their steady size.
+
+        Returns:
+            Whether they may still grow, which they do once.
+        """
+        plan, scale = self.plan, self.decoder.config.temporal_scale
+        used = self.meter.read()
+        if frames < pace.limit(scale) or isinstance(plan.tiling, TilingConfig):
+            return may_grow
+        slow = seconds / len(self.decoder.steps(self.options)) > plan.backend.longest_evaluation_seconds
+        if slow or used > plan.memory_limit:
+            pace.halve(scale)
+            self.meter.restart()
+        elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
+            pace.double(scale)
+        return False
+
+
+def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:
+    for piece in pieces:
+        skipped = min(count, piece.shape[2])
+        count -= skipped
+        if skipped < piece.shape[2]:
+            yield piece[:, :, skipped:]
+        del piece
