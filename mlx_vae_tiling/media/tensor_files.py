@@ -83,7 +83,7 @@ def damage_reported(path: str) -> Iterator[None]:
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = (str(error) or type(error).__name__).splitlines()[0].replace(path, "it")
     reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
     return ValueError(f"{path} is truncated, damaged or not what its name ends in; save it again: {reason}")
 
