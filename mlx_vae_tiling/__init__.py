@@ -1,13 +1,14 @@
 """Decode LTX video latents with MLX: exact, streamed, within a memory budget."""
 
-from mlx_vae_tiling.hub import fetch_vae
+from mlx_vae_tiling.checkpoints.hub import fetch_vae
+from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.media.latents import load_latents
-from mlx_vae_tiling.runtime.arguments import DecodeBatch, DecodingArgs
 from mlx_vae_tiling.runtime.memory import memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan, plan_decode
 from mlx_vae_tiling.runtime.run import DecodeReport, decode_frames, decode_to_file
-from mlx_vae_tiling.runtime.stage import DecodingStage
-from mlx_vae_tiling.runtime.verification import VerificationResult
+from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
+from mlx_vae_tiling.stage.decoding import DecodingStage
+from mlx_vae_tiling.stage.verification import VerificationResult
 from mlx_vae_tiling.tiling import (
     DimensionIntervals,
     SpatialTilingConfig,
@@ -21,7 +22,6 @@ from mlx_vae_tiling.tiling import (
     split_in_spatial,
     split_in_temporal,
 )
-from mlx_vae_tiling.vae.checkpoint import load_decoder
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.streaming import Window

@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from mlx_vae_tiling import cli, decode_frames, load_decoder, load_latents
+from mlx_vae_tiling.checkpoints.describe import DEMO
 from mlx_vae_tiling.media import video
-from mlx_vae_tiling.runtime.words import VERSIONS
-from mlx_vae_tiling.vae.checkpoint import DEMO
+from mlx_vae_tiling.vae.published import PUBLISHED
 
 CROPPED = (slice(None), slice(None), slice(0, 2), slice(0, 3), slice(0, 4))
 
@@ -97,7 +97,7 @@ def test_info_names_what_a_checkpoint_holds(capsys):
         assert part in out
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", PUBLISHED)
 def test_plan_of_a_published_version_needs_no_file(version, capsys):
     assert run("plan", "--shape", "16x34x60", "--vae", version, "--memory", "100GB") == 0
     assert "121 frames of 1920x1088" in capsys.readouterr().out

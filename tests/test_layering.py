@@ -9,18 +9,17 @@ import pytest
 
 PACKAGE = "mlx_vae_tiling"
 ROOT = Path(__file__).parent.parent / PACKAGE
-LAYERS = {
-    "tiling": 0,
-    "media": 0,
-    "demo": 0,
-    # Below vae: load_decoder takes names of repositories, fetching needs nothing of a decoder but its header.
-    "hub": 1,
-    "vae": 2,
-    "runtime": 3,
-    "cli": 4,
-    "__main__": 5,
-    "__init__": 6,
-}
+# From the bottom up; parts of one layer do not know each other.
+TIERS = (
+    ("dtypes", "demo"),
+    ("tiling", "media"),
+    ("vae",),
+    ("checkpoints", "runtime"),
+    ("stage", "cli"),
+    ("__main__",),
+    ("__init__",),
+)
+LAYERS = {part: layer for layer, parts in enumerate(TIERS) for part in parts}
 MODULES = sorted(ROOT.rglob("*.py"))
 # What importing the package may not pull in: optional, or slow to load.
 FORBIDDEN = ("av", "matplotlib", "torch", "tqdm", "huggingface_hub")
@@ -73,12 +72,14 @@ def test_imports_point_down(path):
         ("tiling.decode", "from .. import vae", ["vae"]),
         ("tiling.decode", "from mlx_vae_tiling import TilingConfig", ["__init__"]),
         ("tiling.decode", "import mlx_vae_tiling", ["__init__"]),
-        ("hub", "from mlx_vae_tiling.vae import load_decoder", ["vae"]),
-        ("hub", "from . import cli", ["cli"]),
+        ("vae.decoder", "from mlx_vae_tiling.checkpoints.load import load_decoder", ["checkpoints"]),
+        ("dtypes", "from . import cli", ["cli"]),
         ("tiling.decode", "from .masks import compute_trapezoidal_mask_1d", []),
         ("vae.decoder", "from mlx_vae_tiling.tiling import decode_with_tiling\nimport mlx.core", []),
-        ("runtime.run", "from mlx_vae_tiling import hub, media", []),
-        ("cli", "from mlx_vae_tiling import __version__", []),
+        ("runtime.run", "from mlx_vae_tiling import vae, media", []),
+        ("runtime.run", "from mlx_vae_tiling import checkpoints", ["checkpoints"]),
+        ("stage.decoding", "from mlx_vae_tiling.cli.options import parse_size", ["cli"]),
+        ("cli.entry", "from mlx_vae_tiling import __version__", []),
         ("__init__", "from mlx_vae_tiling.cli import main", []),
     ],
 )

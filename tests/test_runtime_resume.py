@@ -24,7 +24,7 @@ from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 path, limit, windows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-config = PUBLISHED["LTX-2.3 / 2.5"]
+config = PUBLISHED["ltx-2.3"].config
 blocks = (replace(b, num_layers=1) if isinstance(b, ResBlocks) else b for b in config.decoder_blocks)
 config = replace(config, decoder_blocks=tuple(blocks), base_channels=4, latent_channels=8)
 decoder = VideoDecoder(config).init_random()

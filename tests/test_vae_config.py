@@ -121,8 +121,8 @@ def test_all_forms_agree(version):
     config = DecoderConfig.from_original(ORIGINAL[version])
     assert DecoderConfig.from_original({"vae": ORIGINAL[version], "transformer": {}}) == config
     assert DecoderConfig.from_diffusers(DIFFUSERS[version]) == config
-    assert PUBLISHED[NAMES[version]] == config
-    assert version_of(replace(config, base_channels=8)) == NAMES[version]
+    assert PUBLISHED[NAMES[version]].config == config
+    assert version_of(replace(config, base_channels=8)) == PUBLISHED[NAMES[version]]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -166,7 +166,7 @@ def test_shapes(version, in_torch_order):
 
 
 def test_geometry():
-    config = PUBLISHED["LTX-2.3 / 2.5"]
+    config = PUBLISHED["ltx-2.3"].config
     assert (config.spatial_scale, config.temporal_scale) == (32, 8)
     time, height, width = config.receptive_field
     # 1 + 4 + 1 convolutions at scale 1, 4 + 1 at 2, 8 + 1 at 4 (time; space too, until 5), ...
@@ -192,7 +192,7 @@ def test_padding_of_original_configs(original, padding):
 def test_class_defaults_of_diffusers():
     config = DecoderConfig.from_diffusers({"_class_name": "AutoencoderKLLTX2Video"})
     assert (config.causal, config.spatial_padding_mode) == (True, "reflect")
-    assert config.decoder_blocks == PUBLISHED["LTX-2"].decoder_blocks
+    assert config.decoder_blocks == PUBLISHED["ltx-2"].config.decoder_blocks
 
 
 def original_with(*block, **options):

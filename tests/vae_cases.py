@@ -22,7 +22,7 @@ from mlx_vae_tiling.vae.streaming import Span, Window
 VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
 DATA = Path(__file__).parent / "data"
 
-LTX_2_3 = PUBLISHED["LTX-2.3 / 2.5"]
+LTX_2_3 = PUBLISHED["ltx-2.3"].config
 
 
 class ReferenceCase(NamedTuple):

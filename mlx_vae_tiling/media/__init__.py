@@ -1,1 +1,1 @@
-"""Files of the outside world: saved latents in, video files and figures out."""
+"""Files of the outside world: saved latents in, video files out."""

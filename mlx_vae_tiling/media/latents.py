@@ -21,14 +21,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.dtypes import FLOAT_TYPES, STORED
+
 from .tensor_files import BFLOAT16, Array, StoredTensor, TensorFile, damage_reported, read_tensor_file
 
 DEMO = Path(__file__).parent.parent / "demo" / "latents.safetensors"
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = tuple(kind.name for kind in STORED.values())
 _COMFYUI_KEY, _COMFYUI_MARKER = "latent_tensor", "latent_format_version_0"
 _COMFYUI_UNMARKED_SCALE = 1 / 0.18215
 _PREFERRED_KEY = "final_video_latent"
-_NARROWED = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+_NARROWED = {kind.name: kind.mlx for kind in FLOAT_TYPES if kind.item_bytes == 2}
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_vae_tiling.dtypes import STORED
+
 Read = Callable[[int, int], bytes]
 """Returns `size` bytes of a file from `offset` on."""
 
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+ITEM_BYTES = {kind.stored_name: kind.item_bytes for kind in STORED.values()}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
 ITEM_BYTES |= {f"{kind}{8 * size}": size for kind in "IU" for size in (2, 4, 8)}
 LARGEST_HEADER_BYTES = 100_000_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -15,16 +14,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from mlx_vae_tiling.dtypes import STORED
+
+from .safetensors_header import read_local_header
+
 Array = npt.NDArray[Any]
 BFLOAT16 = np.dtype("V2")  # what mx.save writes for bfloat16, which NumPy does not have
 
-_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _DAMAGED = (ValueError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile, zlib.error)
 
 
@@ -96,7 +99,8 @@ def _read_safetensors(path: str) -> TensorFile:
         for name in file.keys():  # noqa: SIM118
             view = file.get_slice(name)
             load = _load_bfloat16 if view.get_dtype() == "BF16" else _load_safetensors
-            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+            stored = STORED.get(view.get_dtype())
+            dtype = stored.name if stored else view.get_dtype()
             tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, partial(load, path, name))
         return TensorFile(tensors, dict(file.metadata() or {}))
 
@@ -107,13 +111,9 @@ def _load_safetensors(path: str, name: str) -> Array:
 
 
 def _load_bfloat16(path: str, name: str) -> Array:
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_bytes))[name]
-        begin, end = entry["data_offsets"]
-        file.seek(8 + header_bytes + begin)
-        array: Array = np.frombuffer(file.read(end - begin), BFLOAT16).reshape(entry["shape"])
-    return array
+    entry = read_local_header(Path(path)).tensors[name]
+    values: Array = np.fromfile(path, BFLOAT16, math.prod(entry.shape), offset=entry.start)
+    return values.reshape(entry.shape)
 
 
 def _read_npy(path: str) -> TensorFile:

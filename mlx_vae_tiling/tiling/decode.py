@@ -37,7 +37,8 @@ def iter_decode_with_tiling(
     Args:
         decoder_fn: Maps (B, C, f, h, w) latents to (B, C_out, 1 + (f - 1) * temporal_scale,
             h * spatial_scale, w * spatial_scale). It gets `causal`, `timestep`, `debug` and `chunked_conv`
-            as keywords, each only if its signature takes it and no `functools.partial` has bound it.
+            as keywords, each only if its signature takes it and no `functools.partial` has bound it; and
+            `position`, the latent frame, row and column at which the tile begins, if that is a parameter.
         latents: Array of shape (B, C, F, H, W).
         tiling_config: Tile sizes and overlaps in output pixels and frames, or None to decode in one call.
         spatial_scale: Pixels per latent.

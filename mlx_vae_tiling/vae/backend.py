@@ -1,16 +1,187 @@
-"""Which of MLX's backends computes."""
+"""What depends on the device: `Backend` objects, which are passed in and never asked for by name.
+
+A backend computes the parts of a step whose best form depends on the device, decides what is evaluated
+when, and says, beside each, how much memory that takes.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import platform
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-Backend = Literal["cpu", "metal", "cuda"]
+from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
+from mlx_vae_tiling.vae.operations import Activation, Padding, reflect, replicate, surround
+from mlx_vae_tiling.vae.options import Noise
+from mlx_vae_tiling.vae.regions import Region
+
+BackendName = Literal["cpu", "metal", "cuda"]
+
+
+class Taken(NamedTuple):
+    """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
+
+    nbytes: int
+    elements: int
+
+
+class Where(NamedTuple):
+    """Where a step computes, and what it may know of the decode.
+
+    Attributes:
+        inputs: The regions that its inputs hold, in the order of its reads: just what it needs.
+        output: The region that it is to compute.
+        batch: Entries of the batch.
+        dtype: In which the decoder computes.
+        backend: What computes it.
+        noise: The noise of the video.
+    """
+
+    inputs: tuple[Region, ...]
+    output: Region
+    batch: int
+    dtype: mx.Dtype
+    backend: Backend
+    noise: Noise | None = None
+
+
+
+class ConvolutionSize(NamedTuple):
+    """Numbers of elements of a convolution's arrays, and whether its input is activated first."""
+
+    given: int
+    padded: int
+    made: int
+    weights: int
+    activated: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Computes lazily and starts the computation of each step without waiting for it, as suits a GPU.
+
+    Args:
+        name: "cpu", "metal" or "cuda".
+        form: Pins a form of convolution; None for the backend's own choice.
+    """
+
+    name: BackendName
+    form: ConvolutionForm | None = None
+
+    @property
+    def pieces_ahead(self) -> int:
+        """Pieces that are being computed while the consumer has the last one."""
+        return 1
+
+    def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
+        """The form of convolution that is expected to run best.
+
+        On Metal half precision takes the implicit 3-D GEMM, because the Winograd kernels that the stock
+        path selects keep their intermediates in half precision.
+        """
+        return "folded" if self.name == "metal" and dtype != mx.float32 else "stock"
+
+    def settle(self, *arrays: mx.array) -> None:
+        """Has the results of a step computed, so that its inputs can go."""
+        mx.async_eval(*arrays)
+
+    def activate(self, x: mx.array, activation: Activation) -> mx.array:
+        return activation(x)
+
+    def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
+        """The input of a valid 3x3x3 convolution: activated if asked to, then padded."""
+        if activation is not None:
+            x = self.activate(x, activation)
+        x = replicate(x, padding.frames)
+        if padding.mode == "zeros":
+            return surround(x, padding.rows, padding.columns)
+        for axis, amounts in ((2, padding.rows), (3, padding.columns)):
+            x = self.computed(reflect(x, axis, amounts))
+        return x
+
+    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        """Valid convolution (B, T+2, H+2, W+2, C) to (B, T, H, W, O)."""
+        return convolve(x, weight, bias, self.form or self.default_form(x.dtype))
+
+    def computed(self, x: mx.array) -> mx.array:
+        """x, within a step; computed at once where that keeps the memory small."""
+        return x
+
+    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+        """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
+        return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
+
+    def addition_bytes(self, made: int, itemsize: int) -> int:
+        """What a sum takes beside its operands, of which it may reuse none."""
+        return itemsize * made
+
+    def upsampling_bytes(self, made: int, repeats: int, itemsize: int) -> int:
+        """What depth-to-space takes, with a residual that is tiled `repeats` times, if any."""
+        return itemsize * made * (3 if repeats else 2)
+
+
+@dataclass(frozen=True)
+class CPUBackend(Backend):
+    """Computes at once, step by step and frame by frame, so that the peak is small and always the same."""
+
+    name: BackendName = "cpu"
+
+    @property
+    def pieces_ahead(self) -> int:
+        return 0
+
+    def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
+        """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
+        return "numpy" if platform.system() == "Linux" else "blocked"
+
+    def settle(self, *arrays: mx.array) -> None:
+        mx.eval(*arrays)
+
+    def activate(self, x: mx.array, activation: Activation) -> mx.array:
+        # The CPU's norm takes several copies of its input, in float32: here, of one frame.
+        frames = [self.computed(activation(x[:, i : i + 1])) for i in range(x.shape[1])]
+        return self.computed(mx.concatenate(frames, axis=1))
+
+    def computed(self, x: mx.array) -> mx.array:
+        mx.eval(x)
+        return x
+
+    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+        """The most of: activating, padding, convolving in float32, and rounding to half precision."""
+        activating = 2 * size.activated * size.given
+        padding = size.activated * size.given + size.padded
+        if itemsize == 4:
+            return 4 * max(activating, padding, size.padded + size.made)
+        convolving = itemsize * size.padded + 4 * (size.padded + size.weights + size.made)
+        return max(itemsize * max(activating, padding), convolving)
+
+    def addition_bytes(self, made: int, itemsize: int) -> int:
+        return 0
+
+
+CPU, METAL, CUDA = CPUBackend(), Backend("metal"), Backend("cuda")
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, METAL, CUDA)}
 
 
 def current_backend() -> Backend:
     """The backend of the default device."""
     if mx.default_device().type != mx.DeviceType.gpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
+        return CPU
+    return METAL if mx.metal.is_available() else CUDA
+
+
+def backend_of(backend: Backend | str | None) -> Backend:
+    """A backend, by its name, or that of the default device.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if backend is None:
+        return current_backend()
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        return BACKENDS[backend]
+    return backend

@@ -16,7 +16,7 @@ from mlx_vae_tiling.vae.blocks import (
     Stride,
     Upsample,
 )
-from mlx_vae_tiling.vae.forms import read_diffusers, read_original, read_shapes
+from mlx_vae_tiling.vae.config_forms import read_diffusers, read_original, read_shapes
 
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal embedding of a timestep."""

@@ -6,14 +6,11 @@ the valid convolution (B, T, H, W, O) in the dtype of x. Padding is the caller's
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
 import numpy as np
-
-from mlx_vae_tiling.vae.backend import current_backend
 
 ConvolutionForm = Literal["stock", "folded", "blocked", "numpy"]
 
@@ -24,32 +21,19 @@ WORKSPACE_BYTES = 32 * 2**20
 """Bound of the im2col buffers that the CPU forms take, for one row of output at least."""
 
 
-def default_form(dtype: mx.Dtype) -> ConvolutionForm:
-    """The form that the default device is expected to run best.
-
-    On Metal, half precision takes the implicit 3-D GEMM, because the Winograd kernels that the
-    stock path selects keep their intermediates in half precision. The CPU wheel for Linux is
-    linked to a reference BLAS, NumPy's to a fast one.
-    """
-    backend = current_backend()
-    if backend != "cpu":
-        return "folded" if backend == "metal" and dtype != mx.float32 else "stock"
-    return "numpy" if platform.system() == "Linux" else "blocked"
-
-
-def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionForm | None = None) -> mx.array:
+def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionForm) -> mx.array:
     """Valid 3x3x3 convolution.
 
     Args:
         x: (B, T+2, H+2, W+2, C).
         weight: (O, 3, 3, 3, C).
         bias: (O,).
-        form: "stock", "folded", "blocked" or "numpy"; by default what `default_form` says.
+        form: "stock", "folded", "blocked" or "numpy".
 
     Returns:
         (B, T, H, W, O) in the dtype of x.
     """
-    return FORMS[form or default_form(x.dtype)](x, weight, bias)
+    return FORMS[form](x, weight, bias)
 
 
 def _stock(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -90,9 +74,10 @@ def _blocked(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 def _numpy(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     """NumPy's BLAS on MLX's buffers, without copies of either input or output in float32."""
     b, t, h, w, c = x.shape
-    out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
     x32, weight32, bias32 = (mx.contiguous(a.astype(mx.float32)) for a in (x, weight, bias))
-    mx.eval(out, x32, weight32, bias32)
+    mx.eval(x32, weight32, bias32)
+    out = mx.zeros((b, t - 2, h - 2, w - 2, weight.shape[0]))
+    mx.eval(out)
     multiply = _multiply_shifts if max(c, len(weight)) <= 32 else _multiply_columns
     with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
         multiply(*(np.array(a, copy=False) for a in (x32, weight32, bias32, out)))

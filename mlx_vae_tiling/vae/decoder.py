@@ -1,9 +1,10 @@
-"""`VideoDecoder`: latents to frames, whole, streamed, by window or by blended tiles."""
+"""`VideoDecoder`: the convolutional LTX video decoder, every published version of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,25 +12,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
-from mlx_vae_tiling.vae.backend import current_backend
+from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.layers import (
-    ConvolutionLayer,
+    Conv3d,
     DepthToSpaceUpsample,
     ResnetBlock3D,
-    Setting,
     TimestepEmbedding,
     UNetMidBlock3D,
     modulations,
-    settle,
 )
-from mlx_vae_tiling.vae.operations import activate, unpatchify
-from mlx_vae_tiling.vae.streaming import CAUSAL, CENTRED, Pace, Region, Window
-
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
+from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
 
 
 class PerChannelStatistics(nn.Module):
@@ -41,11 +39,11 @@ class PerChannelStatistics(nn.Module):
         self.std = mx.ones((channels,))
 
 
-class VideoDecoder(nn.Module):
+class VideoDecoder(StreamingDecoder):
     """A convolutional LTX video decoder.
 
-    It has no weights until `load_weights` or `init_random` gave it some; `load_decoder` builds one
-    from a checkpoint. It is itself a `decoder_fn` for `decode_with_tiling`.
+    It has no weights until `load_weights`, `update` or `init_random` gave it some; `load_decoder` builds
+    one from a checkpoint. It is itself a `decoder_fn` for `decode_with_tiling`.
 
     Args:
         config: The architecture.
@@ -57,27 +55,28 @@ class VideoDecoder(nn.Module):
         convolution_form: Pins a form of convolution, None for the backend's default.
     """
 
+    config: DecoderConfig
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.decode_timestep = 0.05
         self.decode_noise_scale = 0.025
-        self.convolution_form: ConvolutionForm | None = None
-        self._has_weights = False
-        self.conv_in = ConvolutionLayer(config.latent_channels, config.bottleneck_channels)
-        self.up_blocks: list[Any] = []
-        fields = 0
+        padding, conditioned = config.spatial_padding_mode, config.timestep_conditioning
+        self.conv_in = Conv3d(config.latent_channels, config.bottleneck_channels, padding)
+        self.up_blocks: list[UNetMidBlock3D | ResnetBlock3D | DepthToSpaceUpsample] = []
+        fields, scale = 0, 1
         for block, width in config.blocks():
             if isinstance(block, ResBlocks):
-                self.up_blocks.append(UNetMidBlock3D(width, block, config.timestep_conditioning, fields))
+                self.up_blocks.append(UNetMidBlock3D(width, block, padding, conditioned, fields, scale))
                 fields += 2 * block.num_layers * block.inject_noise
             elif isinstance(block, ResBlockNarrowing):
-                self.up_blocks.append(ResnetBlock3D(width, width // block.multiplier))
+                self.up_blocks.append(ResnetBlock3D(width, width // block.multiplier, padding))
             else:
-                self.up_blocks.append(DepthToSpaceUpsample(width, block))
-        self._noise_fields = fields
-        self.conv_out = ConvolutionLayer(config.base_channels, config.out_channels * config.patch_size**2)
-        if config.timestep_conditioning:
+                self.up_blocks.append(DepthToSpaceUpsample(width, block, padding))
+                scale *= block.stride[1]
+        self.conv_out = Conv3d(config.base_channels, config.out_channels * config.patch_size**2, padding)
+        if conditioned:
             self.timestep_scale_multiplier = mx.array(1000.0)
             self.last_time_embedder = TimestepEmbedding(2 * config.base_channels)
             self.last_scale_shift_table = mx.zeros((2, config.base_channels))
@@ -87,12 +86,6 @@ class VideoDecoder(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.conv.weight.dtype
-
-    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
-        """As `nn.Module.load_weights`."""
-        super().load_weights(file_or_weights, strict)
-        self._has_weights = True
-        return self
 
     def init_random(self, seed: int = 0) -> VideoDecoder:
         """Fills all parameters with seeded noise that keeps activations near unit variance.
@@ -109,285 +102,88 @@ class VideoDecoder(nn.Module):
         self.load_weights([(name, value) for name, value in weights if name not in kept], strict=False)
         return self
 
-    def __call__(
-        self, latents: mx.array, causal: bool | None = None, timestep: Any = None, debug: bool = False
-    ) -> mx.array:
-        """Decodes normalised latents as a whole.
-
-        Args:
-            latents: (B, C, F, H, W), normalised per channel.
-            causal: Overrides the config's.
-            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
-            debug: Accepted for compatibility; nothing depends on it.
-
-        Returns:
-            (B, 3, 8(F-1)+1, 32H, 32W) in the latents' dtype, nominally in [-1, 1], unclamped.
-
-        Raises:
-            ValueError: If the latents or the timestep do not fit the decoder.
-        """
-        self._check(latents)
-        step = latents.shape[2]
-        pieces = list(self.stream(latents, latent_frames_per_step=step, causal=causal, timestep=timestep))
-        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
-
-    def decode_tiled(
-        self, latents: mx.array, tiling_config: TilingConfig | None = None, **options: Any
-    ) -> mx.array:
-        """Decodes by blended tiles to a whole video: the pieces of `stream_tiled`, joined.
-
-        Args:
-            latents: (B, C, F, H, W).
-            tiling_config: Tiles and overlaps; None decodes whole.
-            **options: As `stream_tiled`.
-        """
-        return mx.concatenate(list(self.stream_tiled(latents, tiling_config, **options)), axis=2)
-
-    def stream_tiled(
+    def options(
         self,
-        latents: mx.array,
-        tiling_config: TilingConfig | None = None,
         *,
         causal: bool | None = None,
-        timestep: Any = None,
+        timestep: Timestep | None = None,
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
-        debug: bool = False,
-    ) -> Iterator[mx.array]:
-        """Decodes by blended tiles, which see one noise field.
-
-        Args:
-            latents: (B, C, F, H, W).
-            tiling_config: Tiles and overlaps; None decodes whole.
-            causal, timestep, noise_scale, seed, normalized: As `stream`.
-            debug: Reports tiles through `logging`.
-
-        Returns:
-            An iterator of finished frames (B, 3, f, H, W) in the latents' dtype.
-        """
-        self._check(latents)
-        prepared = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
-
-        def decode(tile: mx.array) -> mx.array:
-            step = tile.shape[2]
-            options: dict[str, Any] = {"causal": causal, "timestep": timestep, "seed": seed}
-            pieces = self.stream(
-                tile, latent_frames_per_step=step, noise_scale=0.0, normalized=False, **options
-            )
-            return next(pieces)
-
-        scales = self.config.spatial_scale, self.config.temporal_scale
-        pieces = iter_decode_with_tiling(decode, prepared, tiling_config, *scales, debug=debug)
-        # Not a generator expression, which would keep each piece while the next is computed.
-        return map(lambda piece: piece.astype(latents.dtype), pieces)
-
-    def prepare_latents(
-        self,
-        latents: mx.array,
-        *,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-    ) -> mx.array:
-        """Mixes in the decode noise, where the version has it, and un-normalises.
-
-        Args:
-            latents: (B, C, F, H, W).
-            noise_scale, seed, normalized: As `stream`.
-
-        Returns:
-            Latents in float32 that decode with `normalized=False` and `noise_scale=0`.
-
-        Raises:
-            ValueError: If noise_scale does not lie between 0 and 1.
-        """
-        scale = self._mixing_scale(noise_scale)
-        shape = (1, -1, 1, 1, 1)
-        statistics = self.per_channel_statistics
-        mean, std = (a.astype(mx.float32).reshape(shape) for a in (statistics.mean, statistics.std))
-        z = latents.astype(mx.float32)
-        if scale:
-            z = z if normalized else (z - mean) / std
-            noise = self._latent_noise(seed, z.shape)
-            return (1 - scale) * z * std + scale * noise * std + mean
-        return z * std + mean if normalized else z
-
-    def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
-        """(B, 3, frames, height, width) of the decode of latents of this shape."""
-        b, _, f, h, w = latent_shape
-        t, s = self.config.temporal_scale, self.config.spatial_scale
-        return b, self.config.out_channels, t * (f - 1) + 1, s * h, s * w
-
-    def stream(
-        self,
-        latents: mx.array,
-        *,
-        window: Window | None = None,
-        latent_frames_per_step: int = 1,
-        causal: bool | None = None,
-        timestep: Any = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        max_chunk_frames: int | None = None,
-        pace: Pace | None = None,
-    ) -> Iterator[mx.array]:
-        """Decodes piece by piece; the concatenation along time is exactly the whole decode.
-
-        Memory does not grow with the number of frames. Arguments are checked at once, before the
-        first piece is asked for.
-
-        Args:
-            latents: (B, C, F, H, W).
-            window: The part of the output to decode; None for all of it.
-            latent_frames_per_step: Latent frames taken in at a time. Larger steps use more memory.
-            causal: Overrides the config's.
-            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
-            noise_scale: Overrides `decode_noise_scale`.
-            seed: Of the noise fields, which are drawn for the whole video whatever the window.
-            normalized: False for latents that were already multiplied by the channels' standard
-                deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
-            max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
-            pace: Both of these in one, which may be changed while the stream runs.
-
-        Returns:
-            An iterator of (B, 3, f, h, w) in the latents' dtype.
-
-        Raises:
-            ValueError: If latents, window or options do not fit the decoder.
-        """
-        self._check(latents)
-        pace = pace or Pace(latent_frames_per_step, max_chunk_frames)
-        b, _, *size = self.output_shape(latents.shape)
-        pixels = (window or Window()).region(*size)
-        if self.config.timestep_conditioning:
-            timestep = self._scaled_timestep(self.decode_timestep if timestep is None else timestep, b)
-        setting = Setting(
-            reach=CAUSAL if (self.config.causal if causal is None else causal) else CENTRED,
-            padding=self.config.spatial_padding_mode,
-            form=self.convolution_form,
-            timestep=timestep if self.config.timestep_conditioning else None,
-            noise=self._noise_field(seed),
+    ) -> DecodeOptions:
+        """What `stream` was told, with this decoder's defaults for what it was not."""
+        conditioned = self.config.timestep_conditioning
+        given = mx.array(self.decode_timestep if timestep is None else timestep, mx.float32).reshape(-1)
+        options = DecodeOptions(
+            causal=self.config.causal if causal is None else causal,
+            timestep=tuple(given.tolist()) if conditioned else (),
+            noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
+            seed=seed,
+            normalized=normalized,
         )
-        dtype = latents.dtype
-        # A noise field belongs to the latents as a whole; all else is prepared by the chunk.
-        if self._mixing_scale(noise_scale):
-            latents = self.prepare_latents(latents, noise_scale=noise_scale, seed=seed, normalized=normalized)
-            normalized = False
-        prepare = partial(self.prepare_latents, noise_scale=0.0, normalized=normalized)
-        return self._pieces(latents, prepare, pixels, pace, setting, dtype)
+        return options if conditioned else replace(options, noise_scale=0.0)
 
-    def regions(self, pixels: Region, causal: bool | None = None) -> list[Region]:
-        """The latents that a region of the output needs, then what each layer makes of them."""
-        reach = CAUSAL if (self.config.causal if causal is None else causal) else CENTRED
-        p = self.config.patch_size
-        height, width = pixels.height.before_upsampling(p, 0), pixels.width.before_upsampling(p, 0)
-        regions = [Region(pixels.time, height, width)]
-        for layer in reversed(self._layers()):
-            regions.append(layer.source(regions[-1], reach))
-        return regions[::-1]
-
-    def _layers(self) -> list[Any]:
-        return [self.conv_in, *self.up_blocks, self.conv_out]
-
-    def _pieces(
-        self,
-        latents: mx.array,
-        prepare: Callable[[mx.array], mx.array],
-        pixels: Region,
-        pace: Pace,
-        setting: Setting,
-        dtype: mx.Dtype,
-    ) -> Iterator[mx.array]:
-        source, *regions = self.regions(pixels, setting.reach == CAUSAL)
-        prepared = map(prepare, _latent_chunks(latents, source, pace))
-        chunks = (chunk.transpose(0, 2, 3, 4, 1).astype(self.dtype) for chunk in prepared)
-        options: dict[str, Any] = {}
-        scale = 1
-        for layer, region in zip(self._layers(), regions, strict=True):
-            if layer is self.conv_out:
-                options["before"] = partial(activate, modulation=self._last_modulation(setting))
-            chunks = layer.stream(chunks, region, partial(pace.limit, scale), setting, **options)
-            if isinstance(layer, DepthToSpaceUpsample):
-                scale *= layer.stride[0]
-        return self._finish(chunks, regions[-1], pixels, dtype)
-
-    def _finish(
-        self, chunks: Iterator[mx.array], patches: Region, pixels: Region, dtype: mx.Dtype
-    ) -> Iterator[mx.array]:
-        """Unpatchifies, one piece ahead of the consumer where evaluation is asynchronous."""
-        p = self.config.patch_size
-        top, left = patches.height.start * p, patches.width.start * p
-        rows = slice(pixels.height.start - top, pixels.height.stop - top)
-        columns = slice(pixels.width.start - left, pixels.width.stop - left)
-        ahead = current_backend() != "cpu"
-        waiting: list[mx.array] = []
-        for chunk in chunks:
-            waiting.append(unpatchify(chunk, p)[..., rows, columns].astype(dtype))
-            del chunk
-            settle(waiting[-1])
-            if len(waiting) > ahead:
-                yield waiting.pop(0)
-        yield from waiting
-
-    def _mixing_scale(self, noise_scale: float | None) -> float:
-        """The share of noise that is mixed into the latents: 0 in versions without a timestep."""
-        scale = self.decode_noise_scale if noise_scale is None else noise_scale
-        if not 0 <= scale <= 1:
-            raise ValueError(f"noise_scale must lie between 0 and 1, got {scale}")
-        return scale if self.config.timestep_conditioning else 0.0
-
-    def _latent_noise(self, seed: int, shape: tuple[int, ...]) -> mx.array:
-        return mx.random.normal(shape, key=mx.random.split(mx.random.key(seed))[0])
-
-    def _noise_field(self, seed: int) -> Callable[[int, int, int], mx.array]:
-        keys = mx.random.split(mx.random.split(mx.random.key(seed))[1], max(self._noise_fields, 1))
-        return lambda index, height, width: mx.random.normal((height, width), key=keys[index])
-
-    def _scaled_timestep(self, timestep: Any, batch: int) -> mx.array:
-        given = mx.array(timestep, mx.float32).reshape(-1)
-        if given.size not in (1, batch):
-            raise ValueError(
-                f"timestep must be one number or one per batch entry ({batch}), got {given.size}"
-            )
-        return mx.broadcast_to(given * self.timestep_scale_multiplier.astype(mx.float32), (batch,))
-
-    def _last_modulation(self, setting: Setting) -> tuple[mx.array, mx.array] | None:
-        if setting.timestep is None:
-            return None
-        shift, scale = modulations(self.last_time_embedder(setting.timestep), self.last_scale_shift_table)
-        return shift, scale
-
-    def _check(self, latents: mx.array) -> None:
-        if not self._has_weights:
-            raise ValueError(
-                "the decoder has no weights; use load_decoder(source), decoder.load_weights(...) "
-                "or, to run on noise, decoder.init_random()"
-            )
-        if not isinstance(latents, mx.array):
-            raise ValueError(
-                f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts"
-            )
-        channels = self.config.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ValueError(f"latents must have shape (B, {channels}, F, H, W), got {latents.shape}")
-        if 0 in latents.shape:
-            raise ValueError(f"latents must have no empty axis, got {latents.shape}")
-        if latents.dtype not in FLOATS:
-            raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
+    def check(self, latents: mx.array, options: DecodeOptions) -> None:
+        """Raises a `ValueError` unless these latents can be decoded with these options."""
+        super().check(latents, options)
         if self.config.spatial_padding_mode == "reflect" and min(latents.shape[3:]) < 2:
             raise ValueError(
                 "a decoder that pads by reflection needs latents at least 2 high and wide, "
                 f"got {latents.shape}"
             )
 
+    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+        """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
+        need = Convolution(CAUSAL if options.causal else CENTRED)
+        timestep, activation = None, Activation()
+        if options.timestep:
+            timestep = mx.array(options.timestep) * self.timestep_scale_multiplier.astype(mx.float32)
+            embedding = self.last_time_embedder(timestep)
+            activation = Activation(*modulations(embedding, self.last_scale_shift_table))
+        steps = [
+            Step(partial(self._prepared, options=options), self._prepared_taken, (), self.config.latent_channels),
+            self.conv_in.step(0, need),
+        ]
+        for block in self.up_blocks:
+            last = len(steps) - 1
+            if isinstance(block, UNetMidBlock3D):
+                steps += block.steps(last, need, timestep)
+            else:
+                steps += block.steps(last, need)
+        steps.append(self.conv_out.step(len(steps) - 1, need, activation))
+        patch = Upsampling((1, self.config.patch_size, self.config.patch_size))
+        dtype = output_dtype or self.dtype
+        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
+        steps.append(Step(*frames, (Read(len(steps) - 1, patch),), self.config.out_channels))
+        return steps
 
-def _latent_chunks(latents: mx.array, source: Region, pace: Pace) -> Iterator[mx.array]:
-    """The latents of a region, step by step."""
-    rows, columns = (slice(span.start, span.stop) for span in (source.height, source.width))
-    start = source.time.start
-    while start < source.time.stop:
-        stop = min(start + pace.latent_frames, source.time.stop)
-        yield latents[:, :, start:stop, rows, columns]
-        start = stop
+    def _prepared(self, inputs: Sequence[mx.array], where: Where, options: DecodeOptions) -> mx.array:
+        """Latents (B, C, F, H, W) with the decode noise, where there is any, un-normalised, channels last."""
+        region, statistics = where.output, self.per_channel_statistics
+        z = inputs[0][:, :, region.time.slice, region.height.slice, region.width.slice].astype(mx.float32)
+        mean, std = (a.astype(mx.float32).reshape(1, -1, 1, 1, 1) for a in (statistics.mean, statistics.std))
+        scale = options.noise_scale
+        if scale and where.noise is not None:
+            z = z if options.normalized else (z - mean) / std
+            noise = where.noise.latents(region, *z.shape[:2])
+            z = (1 - scale) * z * std + scale * noise * std + mean
+        elif options.normalized:
+            z = z * std + mean
+        return mx.contiguous(z.transpose(0, 2, 3, 4, 1).astype(self.dtype))
+
+    def _prepared_taken(self, where: Where) -> Taken:
+        made = where.batch * where.output.volume * self.config.latent_channels
+        return Taken(made * (3 * 4 + where.dtype.size), made)
+
+    def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
+        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
+        p, source, output = self.config.patch_size, where.inputs[0], where.output
+        parts = {
+            axis: slice(fine.start - coarse.start * p, fine.stop - coarse.start * p)
+            for axis, coarse, fine in ((3, source.height, output.height), (4, source.width, output.width))
+        }
+        return cut(unpatchify(inputs[0], p), parts).astype(dtype)
+
+    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
+        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
+        return Taken(made * (where.dtype.size + dtype.size * (dtype != where.dtype)), made)

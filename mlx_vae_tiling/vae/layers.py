@@ -1,51 +1,35 @@
-"""The layers of the decoder: attribute names are the original checkpoints', axes are channels-last.
+"""The layers of the convolutional decoder: attribute names are the original checkpoints', axes channels-last.
 
-Every layer that convolves has `source(region)`, the region of its input that a region of its
-output needs, and `stream(chunks, region, limit, setting)`, a generator that turns chunks of that
-input into chunks of at most `limit()` frames (times its own stride) of that output.
+Each layer says what its steps are: what they read, what they compute there, and what that takes. When and
+with how many frames they run is no business of theirs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae_tiling.vae.backend import current_backend
+from mlx_vae_tiling.vae.backend import ConvolutionSize, Taken, Where
 from mlx_vae_tiling.vae.blocks import PaddingMode, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
-from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
-from mlx_vae_tiling.vae.operations import activate, computed, crop_spatially, depth_to_space, pad_spatially
-from mlx_vae_tiling.vae.streaming import FrameQueue, Reach, Region
+from mlx_vae_tiling.vae.operations import Activation, Padding, cut, depth_to_space
+from mlx_vae_tiling.vae.regions import Convolution, Same, Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
 
-Chunks = Iterator[mx.array]
-Limit = Callable[[], int]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is common to all layers of one decode.
-
-    Args:
-        reach: Frames before and after that each convolution sees.
-        padding: What lies beyond the borders of the frame.
-        form: The form of convolution, None for the backend's default.
-        timestep: (B,) scaled timesteps, or None.
-        noise: The field (height, width) of one injection, by its number in decode order.
-    """
-
-    reach: Reach
-    padding: PaddingMode
-    form: ConvolutionForm | None = None
-    timestep: mx.array | None = None
-    noise: Callable[[int, int, int], mx.array] | None = None
+Inputs = Sequence[mx.array]
 
 
 class Conv3d(nn.Module):
-    """3x3x3 convolution; the checkpoints call its tensors `conv.weight` and `conv.bias`."""
+    """3x3x3 convolution; the checkpoints call its tensors `conv.weight` and `conv.bias`.
+
+    Args:
+        in_channels, out_channels: Of the kernel.
+        padding: What lies beyond the borders of the frame. Beyond those of time lie replicas.
+    """
 
     class Kernel(nn.Module):
         def __init__(self, in_channels: int, out_channels: int):
@@ -53,51 +37,46 @@ class Conv3d(nn.Module):
             self.weight = mx.zeros((out_channels, 3, 3, 3, in_channels))
             self.bias = mx.zeros((out_channels,))
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, padding: PaddingMode):
         super().__init__()
         self.conv = self.Kernel(in_channels, out_channels)
+        self._in, self._out, self._padding = in_channels, out_channels, padding
 
-    def __call__(self, x: mx.array, source: Region, output: Region, setting: Setting) -> mx.array:
-        """x holds all frames that the output frames see, and the rows and columns of `source`."""
-        x = pad_spatially(x, source, output, setting.padding)
-        return convolve(x, self.conv.weight, self.conv.bias, setting.form)
-
-
-class ConvolutionLayer(Conv3d):
-    """A convolution as a layer of its own, after an optional activation."""
-
-    def source(self, region: Region, reach: Reach) -> Region:
-        return region.before_convolution(reach)
-
-    def stream(
-        self,
-        chunks: Chunks,
-        region: Region,
-        limit: Limit,
-        setting: Setting,
-        before: Callable[[mx.array], mx.array] | None = None,
-    ) -> Chunks:
-        source = self.source(region, setting.reach)
-        queue = FrameQueue(source.time, region.time, setting.reach, limit)
-        for chunk in chunks:
-            queue.append(chunk)
-            del chunk
-            while span := queue.ready():
-                yield self._compute(queue, span, source, region, setting, before)
-
-    def _compute(
-        self,
-        queue: FrameQueue,
-        span: tuple[int, int],
-        source: Region,
-        region: Region,
-        setting: Setting,
-        before: Callable[[mx.array], mx.array] | None,
+    def __call__(
+        self, inputs: Inputs, where: Where, need: Convolution, activation: Activation | None = None
     ) -> mx.array:
-        x = queue.window(*span)
-        if before:
-            x = before(x)
-        return settle(self(x, source, region, setting), queue.release())
+        """Convolves the first input, after an activation if there is one."""
+        padding = Padding.between(where.inputs[0], where.output, need.reach, self._padding)
+        x = where.backend.prepare(inputs[0], padding, activation)
+        return where.backend.convolve(x, self.conv.weight, self.conv.bias)
+
+    def taken(self, where: Where, activated: bool = False) -> Taken:
+        """What a call takes."""
+        t, h, w = (span.length for span in where.output)
+        size = ConvolutionSize(
+            given=where.batch * where.inputs[0].volume * self._in,
+            padded=where.batch * (t + 2) * (h + 2) * (w + 2) * self._in,
+            made=where.batch * where.output.volume * self._out,
+            weights=27 * self._in * self._out,
+            activated=activated,
+        )
+        nbytes = where.backend.convolution_bytes(size, where.dtype.size)
+        return Taken(nbytes, max(size.padded, size.made))
+
+    def step(self, producer: int, need: Convolution, activation: Activation | None = None) -> Step:
+        """The convolution as a step of its own."""
+        return Step(
+            partial(self, need=need, activation=activation),
+            partial(self.taken, activated=activation is not None),
+            (Read(producer, need),),
+            self._out,
+            self.operations,
+        )
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions per position."""
+        return 54 * self._in * self._out
 
 
 class TimestepEmbedding(nn.Module):
@@ -142,105 +121,112 @@ class ChannelNorm(nn.Module):
 
 
 class ResnetBlock3D(nn.Module):
-    """Two activated convolutions beside a skip, which is normalised and mixed where widths differ."""
+    """Two activated convolutions beside a skip, which is normalised and mixed where widths differ.
+
+    Args:
+        in_channels, out_channels: Of the block.
+        padding: As `Conv3d`.
+        timestep_conditioning: Whether norms are scaled and shifted by the timestep.
+        noise: Number of the first of the two noise fields that are added, and the positions per latent of
+            its level; None for none.
+    """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        padding: PaddingMode,
         timestep_conditioning: bool = False,
-        first_noise_field: int | None = None,
+        noise: tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.conv1 = Conv3d(in_channels, out_channels)
-        self.conv2 = Conv3d(out_channels, out_channels)
+        self.conv1 = Conv3d(in_channels, out_channels, padding)
+        self.conv2 = Conv3d(out_channels, out_channels, padding)
         if in_channels != out_channels:
             self.norm3 = ChannelNorm(in_channels)
             self.conv_shortcut = nn.Linear(in_channels, out_channels)
         if timestep_conditioning:
             self.scale_shift_table = mx.zeros((4, in_channels))
-        if first_noise_field is not None:
+        if noise is not None:
             self.per_channel_scale1 = mx.zeros((in_channels,))
             self.per_channel_scale2 = mx.zeros((in_channels,))
-        self._first_noise_field = first_noise_field
+        self._in, self._out, self._noise = in_channels, out_channels, noise
 
-    def source(self, region: Region, reach: Reach) -> Region:
-        return region.before_convolution(reach).before_convolution(reach)
-
-    def stream(
-        self,
-        chunks: Chunks,
-        region: Region,
-        limit: Limit,
-        setting: Setting,
-        embedding: mx.array | None = None,
-    ) -> Chunks:
-        middle = region.before_convolution(setting.reach)
-        source = middle.before_convolution(setting.reach)
-        raw = FrameQueue(source.time, middle.time, setting.reach, limit)
-        hidden = FrameQueue(middle.time, region.time, setting.reach, limit)
-        first = second = None
+    def steps(self, producer: int, need: Convolution, embedding: mx.array | None = None) -> list[Step]:
+        """Both convolutions; the second reads the block's input again, for the skip."""
+        first, second = Activation(), Activation()
         if embedding is not None:
             shift1, scale1, shift2, scale2 = modulations(embedding, self.scale_shift_table)
-            first, second = (shift1, scale1), (shift2, scale2)
+            first, second = Activation(shift1, scale1), Activation(shift2, scale2)
+        return [
+            Step(
+                partial(self._first, need=need, activation=first),
+                partial(self.conv1.taken, activated=True),
+                (Read(producer, need),),
+                self._out,
+                self.conv1.operations,
+            ),
+            Step(
+                partial(self._second, need=need, activation=second),
+                self._second_taken,
+                (Read(producer + 1, need), Read(producer, Same())),
+                self._out,
+                self.conv2.operations,
+            ),
+        ]
 
-        def branch(span: tuple[int, int]) -> mx.array:
-            x = activate(raw.window(*span), first)
-            return self._with_noise(0, self.conv1(x, source, middle, setting), middle, setting)
+    def _first(self, inputs: Inputs, where: Where, need: Convolution, activation: Activation) -> mx.array:
+        return self._with_noise(0, self.conv1(inputs, where, need, activation), where)
 
-        def output(span: tuple[int, int]) -> mx.array:
-            x = activate(hidden.window(*span), second)
-            y = self._with_noise(1, self.conv2(x, middle, region, setting), region, setting)
-            y = y + self._shortcut(crop_spatially(raw.frames(*span), source, region))
-            # The skip lags behind as far as the first convolution looks back, so that the frames
-            # kept for one serve the other.
-            return settle(y, hidden.release(), raw.release(hidden.next))
+    def _second(self, inputs: Inputs, where: Where, need: Convolution, activation: Activation) -> mx.array:
+        y = self._with_noise(1, self.conv2(inputs, where, need, activation), where)
+        skip = inputs[1]
+        return y + (self.conv_shortcut(self.norm3(skip)) if "norm3" in self else skip)
 
-        for chunk in chunks:
-            raw.append(chunk)
-            del chunk
-            while span := raw.ready():
-                hidden.append(branch(span))
-                while span := hidden.ready():
-                    yield output(span)
+    def _second_taken(self, where: Where) -> Taken:
+        convolution = self.conv2.taken(where, activated=True)
+        positions, itemsize = where.batch * where.output.volume, where.dtype.size
+        adding = itemsize * positions * self._out
+        adding += where.backend.addition_bytes(positions * self._out, itemsize)
+        if "norm3" in self:
+            adding += itemsize * positions * (self._in + self._out)
+        return convolution._replace(nbytes=max(convolution.nbytes, adding))
 
-    def _shortcut(self, x: mx.array) -> mx.array:
-        return self.conv_shortcut(self.norm3(x)) if "norm3" in self else x
-
-    def _with_noise(self, which: int, x: mx.array, region: Region, setting: Setting) -> mx.array:
-        if self._first_noise_field is None or setting.noise is None:
+    def _with_noise(self, which: int, x: mx.array, where: Where) -> mx.array:
+        if self._noise is None or where.noise is None:
             return x
-        field = setting.noise(self._first_noise_field + which, region.height.size, region.width.size)
-        rows, columns = region.height, region.width
-        field = field[rows.start : rows.stop, columns.start : columns.stop, None].astype(x.dtype)
+        first, scale = self._noise
+        field = where.noise.field(first + which, where.output, scale)[..., None].astype(x.dtype)
         return x + field * (self.per_channel_scale2 if which else self.per_channel_scale1)
 
 
 class UNetMidBlock3D(nn.Module):
     """`res_x`: residual blocks that share a timestep embedding."""
 
-    def __init__(self, channels: int, block: ResBlocks, timestep_conditioning: bool, first_noise_field: int):
+    def __init__(
+        self,
+        channels: int,
+        block: ResBlocks,
+        padding: PaddingMode,
+        timestep_conditioning: bool,
+        first_field: int,
+        scale: int,
+    ):
         super().__init__()
         if timestep_conditioning:
             self.time_embedder = TimestepEmbedding(4 * channels)
-        fields = [first_noise_field + 2 * i if block.inject_noise else None for i in range(block.num_layers)]
+        fields = [(first_field + 2 * i, scale) if block.inject_noise else None for i in range(block.num_layers)]
         self.res_blocks = [
-            ResnetBlock3D(channels, channels, timestep_conditioning, field) for field in fields
+            ResnetBlock3D(channels, channels, padding, timestep_conditioning, field) for field in fields
         ]
 
-    def source(self, region: Region, reach: Reach) -> Region:
+    def steps(self, producer: int, need: Convolution, timestep: mx.array | None) -> list[Step]:
+        """Those of its residual blocks."""
+        embedding = None if timestep is None else self.time_embedder(timestep)
+        steps: list[Step] = []
         for block in self.res_blocks:
-            region = block.source(region, reach)
-        return region
-
-    def stream(self, chunks: Chunks, region: Region, limit: Limit, setting: Setting) -> Chunks:
-        embedding = None if setting.timestep is None else self.time_embedder(setting.timestep)
-        regions = [region]
-        for _ in self.res_blocks[1:]:
-            regions.append(self.res_blocks[0].source(regions[-1], setting.reach))
-        for block in self.res_blocks:
-            chunks = block.stream(chunks, regions.pop(), limit, setting, embedding)
-        return chunks
+            steps += block.steps(producer + len(steps), need, embedding)
+        return steps
 
 
 class DepthToSpaceUpsample(nn.Module):
@@ -250,56 +236,33 @@ class DepthToSpaceUpsample(nn.Module):
     alike, its channels tiled (A, B, A, B, ...).
     """
 
-    def __init__(self, in_channels: int, block: Upsample):
+    def __init__(self, in_channels: int, block: Upsample, padding: PaddingMode):
         super().__init__()
         self.stride = block.stride
-        self._repeats = math.prod(block.stride) // block.multiplier if block.residual else 0
-        self.conv = Conv3d(in_channels, in_channels * math.prod(block.stride) // block.multiplier)
+        positions = math.prod(block.stride)
+        self._repeats = positions // block.multiplier if block.residual else 0
+        self._out = in_channels // block.multiplier
+        self.conv = Conv3d(in_channels, in_channels * positions // block.multiplier, padding)
 
-    def source(self, region: Region, reach: Reach) -> Region:
-        return region.before_upsampling(self.stride).before_convolution(reach)
+    def steps(self, producer: int, need: Convolution) -> list[Step]:
+        """The convolution, then the rearrangement, which for the residual reads the input again."""
+        up = Upsampling(self.stride)
+        reads = (Read(producer + 1, up), Read(producer, up)) if self._repeats else (Read(producer + 1, up),)
+        return [self.conv.step(producer, need), Step(self._rearranged, self._taken, reads, self._out)]
 
-    def stream(self, chunks: Chunks, region: Region, limit: Limit, setting: Setting) -> Chunks:
-        coarse = region.before_upsampling(self.stride)
-        source = coarse.before_convolution(setting.reach)
-        queue = FrameQueue(source.time, coarse.time, setting.reach, limit)
-        for chunk in chunks:
-            queue.append(chunk)
-            del chunk
-            while span := queue.ready():
-                yield self._compute(queue, span, source, coarse, region, setting)
-
-    def _compute(
-        self,
-        queue: FrameQueue,
-        span: tuple[int, int],
-        source: Region,
-        coarse: Region,
-        region: Region,
-        setting: Setting,
-    ) -> mx.array:
-        y = computed(self.conv(queue.window(*span), source, coarse, setting))
-        y = computed(depth_to_space(y, self.stride))
+    def _rearranged(self, inputs: Inputs, where: Where) -> mx.array:
+        y = where.backend.computed(depth_to_space(inputs[0], self.stride))
         if self._repeats:
-            skip = depth_to_space(crop_spatially(queue.frames(*span), source, coarse), self.stride)
-            y = y + computed(mx.concatenate([skip] * self._repeats, axis=-1))
-        return settle(self._crop(y, span, coarse, region), queue.release())
+            skip = [depth_to_space(inputs[1], self.stride)] * self._repeats
+            y = y + where.backend.computed(mx.concatenate(skip, axis=-1))
+        parts = {}
+        for axis, (coarse, fine, factor) in enumerate(
+            zip(where.inputs[0], where.output, self.stride, strict=True), start=1
+        ):
+            origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)
+            parts[axis] = slice(fine.start - origin, fine.stop - origin)
+        return cut(y, parts)
 
-    def _crop(self, y: mx.array, span: tuple[int, int], coarse: Region, region: Region) -> mx.array:
-        t, h, w = self.stride
-        first = span[0] * t - (t - 1)
-        frames = slice(max(region.time.start - first, 0), region.time.stop - first)
-        top, left = coarse.height.start * h, coarse.width.start * w
-        return y[
-            :,
-            frames,
-            region.height.start - top : region.height.stop - top,
-            region.width.start - left : region.width.stop - left,
-        ]
-
-
-def settle(y: mx.array, *tails: mx.array | None) -> mx.array:
-    """Starts the computation of a chunk and of the tails it leaves, so that its inputs can go."""
-    evaluate = mx.eval if current_backend() == "cpu" else mx.async_eval
-    evaluate(y, tails)
-    return y
+    def _taken(self, where: Where) -> Taken:
+        made = where.batch * where.inputs[0].volume * math.prod(self.stride) * self._out
+        return Taken(where.backend.upsampling_bytes(made, self._repeats, where.dtype.size), made)

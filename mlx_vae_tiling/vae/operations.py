@@ -1,15 +1,47 @@
-"""Operations without weights on chunks (B, frames, height, width, channels)."""
+"""Arithmetic without weights on arrays (B, frames, height, width, channels)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae_tiling.vae.backend import current_backend
 from mlx_vae_tiling.vae.blocks import PaddingMode, Stride
-from mlx_vae_tiling.vae.streaming import Region
+from mlx_vae_tiling.vae.regions import Reach, Region
 
 PIXEL_NORM_EPS = 1e-8
+
+
+class Activation(NamedTuple):
+    """Pixel norm, the timestep's shift and scale (B, 1, 1, 1, C) where there are any, SiLU."""
+
+    shift: mx.array | None = None
+    scale: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = pixel_norm(x)
+        if self.shift is not None and self.scale is not None:
+            x = x * (1 + self.scale) + self.shift
+        return nn.silu(x)
+
+
+class Padding(NamedTuple):
+    """What a convolution adds to its input: replicas in time, zeros or reflections in space."""
+
+    frames: tuple[int, int]
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    mode: PaddingMode
+
+    @classmethod
+    def between(cls, source: Region, output: Region, reach: Reach, mode: PaddingMode) -> Padding:
+        """What `source` lacks of all that a 3x3x3 convolution for `output` sees."""
+        amounts = [
+            (before - (wanted.start - inner.start), after - (inner.stop - wanted.stop))
+            for inner, wanted, (before, after) in zip(source, output, (reach, (1, 1), (1, 1)), strict=True)
+        ]
+        return cls(*amounts, mode)
 
 
 def pixel_norm(x: mx.array) -> mx.array:
@@ -17,47 +49,24 @@ def pixel_norm(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, PIXEL_NORM_EPS)
 
 
-def computed(x: mx.array) -> mx.array:
-    """x, computed at once on the CPU, so that its inputs can go and the peak depends on no thread's luck."""
-    if current_backend() == "cpu":
-        mx.eval(x)
-    return x
+def replicate(x: mx.array, frames: tuple[int, int]) -> mx.array:
+    """Copies of the first frame before it and of the last one behind it."""
+    before, after = frames
+    return mx.concatenate([x[:, :1]] * before + [x] + [x[:, -1:]] * after, axis=1) if any(frames) else x
 
 
-def activate(x: mx.array, modulation: tuple[mx.array, mx.array] | None) -> mx.array:
-    """Pixel norm, the timestep's (shift, scale) where there is one, SiLU."""
-    if current_backend() != "cpu":
-        return _activate(x, modulation)
-    # The CPU's norm takes several copies of its input, in float32: here, of one frame.
-    frames = [computed(_activate(x[:, i : i + 1], modulation)) for i in range(x.shape[1])]
-    return computed(mx.concatenate(frames, axis=1))
+def reflect(x: mx.array, axis: int, amounts: tuple[int, int]) -> mx.array:
+    """One position more before or after, or neither: the last but one, mirrored."""
+    # Not mx.pad's own reflection, which wraps silently where an axis is too short.
+    if not any(amounts):
+        return x
+    second, last_but_one = (mx.take(x, mx.array([i]), axis=axis) for i in (1, x.shape[axis] - 2))
+    return mx.concatenate([second] * amounts[0] + [x] + [last_but_one] * amounts[1], axis=axis)
 
 
-def _activate(x: mx.array, modulation: tuple[mx.array, mx.array] | None) -> mx.array:
-    x = pixel_norm(x)
-    if modulation is not None:
-        shift, scale = modulation
-        x = x * (1 + scale) + shift
-    return nn.silu(x)
-
-
-def pad_spatially(x: mx.array, source: Region, output: Region, padding: PaddingMode) -> mx.array:
-    """Adds the rows and columns that a convolution needs around `output` and `source` lacks."""
-    rows, columns = (
-        (inner.start - wanted.start + 1, wanted.stop + 1 - inner.stop)
-        for inner, wanted in ((source.height, output.height), (source.width, output.width))
-    )
-    if padding == "zeros":
-        return mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
-    for axis, (before, after) in ((2, rows), (3, columns)):
-        # Not mx.pad's own reflection, which wraps silently where an axis is too short.
-        second, last_but_one = (mx.take(x, mx.array([i]), axis=axis) for i in (1, x.shape[axis] - 2))
-        x = computed(mx.concatenate([second] * before + [x] + [last_but_one] * after, axis=axis))
-    return x
-
-
-def crop_spatially(x: mx.array, source: Region, output: Region) -> mx.array:
-    return x[:, :, output.height.inside(source.height), output.width.inside(source.width)]
+def surround(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
+    """Rows and columns of zeros around every frame."""
+    return mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
 
 
 def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
@@ -74,3 +83,14 @@ def unpatchify(x: mx.array, patch_size: int) -> mx.array:
     p = patch_size
     x = x.reshape(b, frames, height, width, -1, p, p).transpose(0, 4, 1, 2, 6, 3, 5)
     return x.reshape(b, -1, frames, height * p, width * p)
+
+
+def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
+    """A part of an array, by axis, as a copy that does not keep the rest alive; all of it as it is."""
+    narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]
+    if not narrowed:
+        return x
+    axis, *others = narrowed
+    view = x[tuple(parts[a] if a in others else slice(None) for a in range(x.ndim))]
+    # A slice of an evaluated array is a view of it; gathering copies.
+    return mx.take(view, mx.arange(parts[axis].start, parts[axis].stop), axis=axis)

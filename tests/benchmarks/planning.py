@@ -49,47 +49,46 @@ class Result(NamedTuple):
 
 TILES = TilingConfig(SpatialTilingConfig(128, 32), TemporalTilingConfig(32, 8))
 QUICK = [
-    Case("LTX-2.3", 4, (9, 4, 5), "float32", "1GB"),
-    Case("LTX-2.3", 4, (9, 4, 5), "bfloat16", "3MB"),
-    Case("LTX-2.3", 4, (3, 5, 7), "float32", "3.5MB"),
-    Case("LTX-2", 4, (9, 4, 5), "float16", "4MB"),
-    Case("LTX-2", 4, (9, 3, 4), "bfloat16", "2.4MB"),
-    Case("LTX-2", 8, (5, 3, 4), "float32", "1GB"),
-    Case("LTX-2", 4, (5, 5, 6), "bfloat16", "25MB", TILES),
+    Case("ltx-2.3", 4, (9, 4, 5), "float32", "1GB"),
+    Case("ltx-2.3", 4, (9, 4, 5), "bfloat16", "3MB"),
+    Case("ltx-2.3", 4, (3, 5, 7), "float32", "3.5MB"),
+    Case("ltx-2", 4, (9, 4, 5), "float16", "4MB"),
+    Case("ltx-2", 4, (9, 3, 4), "bfloat16", "2.4MB"),
+    Case("ltx-2", 8, (5, 3, 4), "float32", "1GB"),
+    Case("ltx-2", 4, (5, 5, 6), "bfloat16", "25MB", TILES),
 ]
 CASES = [
     *QUICK,
-    Case("LTX-2.3", 4, (3, 9, 16), "float32", "12MB"),
-    Case("LTX-2.3", 8, (9, 9, 16), "bfloat16", "60MB"),
-    Case("LTX-2.3", 8, (5, 6, 9), "float32", "1GB"),
-    Case("LTX-2.3", 8, (5, 6, 9), "float32", "30MB"),
-    Case("LTX-2.3", 8, (5, 6, 9), "bfloat16", "30MB"),
-    Case("LTX-2.3", 8, (5, 6, 9), "float16", "9MB"),
-    Case("LTX-2.3", 8, (33, 3, 3), "float32", "14MB"),
-    Case("LTX-2.3", 8, (33, 3, 3), "float16", "6MB"),
-    Case("LTX-2.3", 16, (9, 4, 6), "float32", "60MB"),
-    Case("LTX-2.3", 16, (5, 4, 6), "bfloat16", "21MB"),
-    Case("LTX-2.3", 32, (5, 3, 4), "bfloat16", "1GB"),
-    Case("LTX-2", 4, (9, 9, 16), "float16", "30MB"),
-    Case("LTX-2", 8, (17, 4, 6), "float32", "25MB"),
-    Case("LTX-2", 8, (17, 4, 6), "bfloat16", "8MB"),
-    Case("LTX-2", 8, (5, 6, 9), "float32", "15MB"),
-    Case("LTX-2", 16, (9, 4, 6), "float16", "60MB"),
-    Case("LTX-2", 16, (5, 6, 6), "bfloat16", "27MB"),
-    Case("LTX-2", 32, (3, 3, 4), "float16", "96MB"),
-    Case("LTX-2.3", 8, (9, 9, 16), "float32", "25MB"),
-    Case("LTX-2.3", 8, (5, 6, 9), "bfloat16", "6.2MB"),
-    Case("LTX-2", 4, (3, 9, 16), "float32", "7.5MB"),
-    Case("LTX-2", 8, (9, 6, 9), "float16", "8MB"),
-    Case("LTX-2", 4, (9, 6, 8), "float32", "60MB", TILES),
-    Case("LTX-2.3", 8, (9, 6, 8), "bfloat16", "60MB", TilingConfig.temporal_only(32, 8)),
+    Case("ltx-2.3", 4, (3, 9, 16), "float32", "12MB"),
+    Case("ltx-2.3", 8, (9, 9, 16), "bfloat16", "60MB"),
+    Case("ltx-2.3", 8, (5, 6, 9), "float32", "1GB"),
+    Case("ltx-2.3", 8, (5, 6, 9), "float32", "30MB"),
+    Case("ltx-2.3", 8, (5, 6, 9), "bfloat16", "30MB"),
+    Case("ltx-2.3", 8, (5, 6, 9), "float16", "9MB"),
+    Case("ltx-2.3", 8, (33, 3, 3), "float32", "14MB"),
+    Case("ltx-2.3", 8, (33, 3, 3), "float16", "6MB"),
+    Case("ltx-2.3", 16, (9, 4, 6), "float32", "60MB"),
+    Case("ltx-2.3", 16, (5, 4, 6), "bfloat16", "21MB"),
+    Case("ltx-2.3", 32, (5, 3, 4), "bfloat16", "1GB"),
+    Case("ltx-2", 4, (9, 9, 16), "float16", "30MB"),
+    Case("ltx-2", 8, (17, 4, 6), "float32", "25MB"),
+    Case("ltx-2", 8, (17, 4, 6), "bfloat16", "8MB"),
+    Case("ltx-2", 8, (5, 6, 9), "float32", "15MB"),
+    Case("ltx-2", 16, (9, 4, 6), "float16", "60MB"),
+    Case("ltx-2", 16, (5, 6, 6), "bfloat16", "27MB"),
+    Case("ltx-2", 32, (3, 3, 4), "float16", "96MB"),
+    Case("ltx-2.3", 8, (9, 9, 16), "float32", "25MB"),
+    Case("ltx-2.3", 8, (5, 6, 9), "bfloat16", "6.2MB"),
+    Case("ltx-2", 4, (3, 9, 16), "float32", "7.5MB"),
+    Case("ltx-2", 8, (9, 6, 9), "float16", "8MB"),
+    Case("ltx-2", 4, (9, 6, 8), "float32", "60MB", TILES),
+    Case("ltx-2.3", 8, (9, 6, 8), "bfloat16", "60MB", TilingConfig.temporal_only(32, 8)),
 ]
 
 
 def measure_case(case: Case) -> Result:
     """Plan and run one decode."""
-    published = PUBLISHED[{"LTX-2": "LTX-2", "LTX-2.3": "LTX-2.3 / 2.5"}[case.version]]
-    config = replace(published, base_channels=case.base_channels, latent_channels=8)
+    config = replace(PUBLISHED[case.version].config, base_channels=case.base_channels, latent_channels=8)
     decoder = VideoDecoder(config).init_random()
     decoder.set_dtype(getattr(mx, case.dtype))
     latents = mx.random.normal((1, decoder.config.latent_channels, *case.size)).astype(decoder.dtype)

@@ -44,7 +44,7 @@ def drain(decoder: VideoDecoder, latents: mx.array, step: int = 1) -> None:
 
 def random_decoder(width: int) -> VideoDecoder:
     """LTX-2.3 at a part of its width, with random weights."""
-    config = replace(PUBLISHED["LTX-2.3 / 2.5"], base_channels=width, latent_channels=width)
+    config = replace(PUBLISHED["ltx-2.3"].config, base_channels=width, latent_channels=width)
     decoder = VideoDecoder(config).init_random()
     mx.eval(decoder.parameters())
     return decoder

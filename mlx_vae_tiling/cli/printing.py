@@ -1,17 +1,37 @@
-"""Plans, reports and checkpoints as text for people and as fields for programs."""
+"""What commands print: text for people, or fields as JSON for programs; errors and warnings in one line."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import sys
 from typing import Any
 
+from mlx_vae_tiling.checkpoints.describe import CheckpointInfo
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.run import DecodeReport
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
-from mlx_vae_tiling.vae.checkpoint import CheckpointInfo
 from mlx_vae_tiling.vae.streaming import Window
+
+NAME = "mlx-vae-tiling"
+
+
+def print_result(args: argparse.Namespace, text: object, fields: dict[str, Any]) -> None:
+    """Prints a result to stdout, as JSON where the arguments ask for it."""
+    print(json.dumps(fields, indent=1) if args.json else text)
+
+
+def print_error(text: str) -> None:
+    """Prints what is wrong as one line to stderr."""
+    print(f"{NAME}: error: {text}", file=sys.stderr)
+
+
+def print_warning(text: str) -> None:
+    """Prints what may be wrong as one line to stderr."""
+    print(f"{NAME}: warning: {text}", file=sys.stderr)
 
 
 def plan_fields(plan: DecodePlan) -> dict[str, Any]:

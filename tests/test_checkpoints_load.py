@@ -23,14 +23,16 @@ from checkpoint_files import (
     write_json,
 )
 
-from mlx_vae_tiling.vae import checkpoint
-from mlx_vae_tiling.vae.checkpoint import describe_checkpoint, load_decoder
+from mlx_vae_tiling.checkpoints import load
+from mlx_vae_tiling.checkpoints.configs import read_config
+from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
+from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 LTX_VIDEO, LTX_2 = ("0.9.0", "0.9.1", "0.9.5"), ("ltx-2", "ltx-2.3")
 ALL = LTX_VIDEO + LTX_2
-NAMES = dict(zip(ALL, PUBLISHED, strict=True))
+TITLES = dict(zip(ALL, [version.title for version in PUBLISHED.values()], strict=True))
 NONSENSE = {"ch": 128, "ch_mult": [1, 2, 4], "z_channels": 8, "timestep_conditioning": False}
 
 
@@ -149,7 +151,7 @@ def test_layouts_give_back_the_decoder(make, version, layout, tmp_path):
     latents = mx.random.normal((1, expected.config.latent_channels, 1, 2, 3))
     assert mx.array_equal(loaded(latents), expected(latents))
     info = describe_checkpoint(str(source))
-    assert (info.layout, info.version, info.dtype) == (layout, NAMES[version], "float32")
+    assert (info.layout, info.version, info.dtype) == (layout, TITLES[version], "float32")
     assert info.config == expected.config
     assert info.decoder_bytes == sum(value.nbytes for value in values.values())
     assert info.path.is_file()
@@ -222,14 +224,14 @@ def test_only_the_decoder_is_read(tmp_path, monkeypatch):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     os.truncate(path, path.stat().st_size + size)
     read = []
-    fromfile = checkpoint.np.fromfile
+    fromfile = load.np.fromfile
 
     def spy(file, dtype, count, offset):
         values = fromfile(file, dtype, count, offset=offset)
         read.append(values.nbytes)
         return values
 
-    monkeypatch.setattr(checkpoint.np, "fromfile", spy)
+    monkeypatch.setattr(load.np, "fromfile", spy)
     loaded = load_decoder(path)
     assert sum(read) == describe_checkpoint(path).decoder_bytes
     assert mx.array_equal(loaded.conv_in.conv.weight, decoder("ltx-2").conv_in.conv.weight)
@@ -238,7 +240,7 @@ def test_only_the_decoder_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("version", LTX_2)
 def test_config_can_be_given(version, tmp_path):
     path = write(tmp_path / "vae.safetensors", split(decoder(version)))
-    with pytest.raises(ValueError, match=r"without a config, and shapes cannot tell .*config=.*'LTX-2'"):
+    with pytest.raises(ValueError, match=r"without a config, and shapes cannot tell .*config=.*'ltx-2'"):
         load_decoder(path)
     config = decoder(version).config
     for given in (config, original_json(version), {"vae": original_json(version)}, diffusers_json(version)):
@@ -248,7 +250,7 @@ def test_config_can_be_given(version, tmp_path):
     overridden = write(tmp_path / "other.safetensors", split(decoder(version)), original_json(version))
     assert load_decoder(overridden, config=reflecting).config.spatial_padding_mode == "reflect"
     with pytest.raises(ValueError, match=r"must hold exactly .*; .* and \d+ more$"):
-        load_decoder(path, config="LTX-2")
+        load_decoder(path, config="ltx-2")
 
 
 def test_stray_norms_are_dropped(tmp_path):
@@ -429,7 +431,7 @@ def test_a_shard_is_missing(tmp_path):
             "demo",
             {"config": "LTX-3"},
             ValueError,
-            r"config by name must be one of 'LTX-Video 0.9.0', .*'LTX-3'",
+            r"config by name must be one of 'ltx-0.9.0', .*'ltx-2.3', got 'LTX-3'",
         ),
         ("demo", {"config": {"a": 1}}, ValueError, r"config must be a VAE's JSON .*, got the keys \['a'\]"),
     ],
@@ -440,8 +442,14 @@ def test_arguments(source, options, error, message):
 
 
 def test_published_versions_differ():
-    assert len({(c.decoder_blocks, c.timestep_conditioning) for c in PUBLISHED.values()}) == len(PUBLISHED)
+    structures = {(v.config.decoder_blocks, v.config.timestep_conditioning) for v in PUBLISHED.values()}
+    assert len(structures) == len(PUBLISHED)
     assert (
         DecoderConfig.from_original(original_json("ltx-2.3")).decoder_blocks
-        == PUBLISHED["LTX-2.3 / 2.5"].decoder_blocks
+        == PUBLISHED["ltx-2.3"].config.decoder_blocks
     )
+
+
+@pytest.mark.parametrize("version", PUBLISHED.values(), ids=lambda version: version.name)
+def test_config_can_be_named(version):
+    assert read_config(version.name) == read_config(version.title) == version.config

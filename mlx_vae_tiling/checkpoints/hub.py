@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_vae_tiling.media.decoder_files import (
-    CONFIG_FILES,
+from mlx_vae_tiling.checkpoints.configs import CONFIG_FILES
+from mlx_vae_tiling.checkpoints.files import (
     choose_decoder_files,
     decoder_prefix,
     decoder_tensors,

@@ -22,9 +22,10 @@ from checkpoint_files import (
 from huggingface_hub.utils import HfHubHTTPError
 from safetensors import safe_open
 
-from mlx_vae_tiling import hub
-from mlx_vae_tiling.hub import fetch_vae
-from mlx_vae_tiling.vae.checkpoint import describe_checkpoint, load_decoder
+from mlx_vae_tiling.checkpoints import hub
+from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
+from mlx_vae_tiling.checkpoints.hub import fetch_vae
+from mlx_vae_tiling.checkpoints.load import load_decoder
 
 COMMIT = "c0ffee"
 MODEL = ("F8_E4M3", (4_000_000,), bytes(4_000_000))

@@ -1,4 +1,4 @@
-"""Options of a decode as a command line says them."""
+"""The values of options, read from what a command line says."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.streaming import Window
 
-VERSIONS = {
-    "ltx-0.9.0": "LTX-Video 0.9.0",
-    "ltx-0.9.1": "LTX-Video 0.9.1",
-    "ltx-0.9.5": "LTX-Video 0.9.5 to 0.9.8",
-    "ltx-2": "LTX-2",
-    "ltx-2.3": "LTX-2.3 / 2.5",
-}
-"""Short names of the published versions."""
+SOURCE = 'VAE: a file, a directory, owner/name on the Hugging Face Hub, or "demo"'
+"""What `load_decoder` takes, for help."""
 
 PRESETS = ("default", "aggressive", "conservative", "auto")
 
@@ -68,12 +63,12 @@ def parse_tiling(text: str, config: DecoderConfig, shape: tuple[int, ...]) -> Ti
 
 
 def parse_config(text: str | None) -> Any:
-    """What `load_decoder` takes as config: a version by its short name, or the contents of a .json file."""
-    if text is None or text in VERSIONS:
-        return text and VERSIONS[text]
+    """What `load_decoder` takes as config: the name of a version, or the contents of a .json file."""
+    if text is None or text in PUBLISHED:
+        return text
     try:
         return json.loads(Path(text).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--config must be one of {', '.join(VERSIONS)} or a .json file, got {text!r} ({error})"
+            f"--config must be one of {', '.join(PUBLISHED)} or a .json file, got {text!r} ({error})"
         ) from error

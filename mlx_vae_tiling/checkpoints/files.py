@@ -6,16 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
-from .safetensors_header import Header, TensorEntry
+from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry
 
 PREFIXES = ("vae.decoder.", "vae_decoder.", "decoder.", "")
 """What precedes `conv_in` in checkpoints, MLX conversions, split files, and files of a decoder alone."""
 
 FOLDERS = ("vae/decoder", "decoder", "vae", "")
 """Where decoders lie, most specific first; without regard to case."""
-
-CONFIG_FILES = ("embedded_config.json", "config.json")
-"""What may lie beside a decoder to describe it, most specific first."""
 
 _SHARD = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d+)\.safetensors")
 

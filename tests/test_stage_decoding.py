@@ -11,12 +11,13 @@ from common import measure
 from mlx.utils import tree_flatten
 from vae_cases import random_latents, small_decoder
 
-from mlx_vae_tiling.runtime import stage as stage_module
-from mlx_vae_tiling.runtime.arguments import DecodeBatch, DecodingArgs, PipelineConfig
+from mlx_vae_tiling.checkpoints.describe import DEMO
+from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.runtime.plan import plan_decode
-from mlx_vae_tiling.runtime.stage import DecodingStage
-from mlx_vae_tiling.runtime.verification import VerificationResult, array_of_rank, without_nan
-from mlx_vae_tiling.vae.checkpoint import DEMO, load_decoder
+from mlx_vae_tiling.stage import decoding as stage_module
+from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs, PipelineConfig
+from mlx_vae_tiling.stage.decoding import DecodingStage
+from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, without_nan
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 
 # Of frames in [0, 1], in float32. Measured: 1e-6, where streams and windows sum in another order.

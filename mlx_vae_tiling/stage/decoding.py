@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_map_with_path
 
-from mlx_vae_tiling.runtime.arguments import (
+from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
+from mlx_vae_tiling.runtime.plan import plan_decode
+from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,
     DecodingArgs,
@@ -18,10 +21,7 @@ from mlx_vae_tiling.runtime.arguments import (
     option,
     precision_of,
 )
-from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
-from mlx_vae_tiling.runtime.plan import plan_decode
-from mlx_vae_tiling.runtime.verification import VerificationResult, array_of_rank, describe, without_nan
-from mlx_vae_tiling.vae.checkpoint import load_decoder
+from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, describe, without_nan
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 
 

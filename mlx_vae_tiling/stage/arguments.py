@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-PRECISIONS = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
+from mlx_vae_tiling.dtypes import FLOAT_TYPES
+
+PRECISIONS = {kind.short_name: kind.mlx for kind in FLOAT_TYPES}
 
 Array = mx.array | npt.NDArray[Any]
 

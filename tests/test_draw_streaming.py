@@ -1,11 +1,13 @@
 """The picture of the page on streaming, and what is said where matplotlib is missing."""
 
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
-from mlx_vae_tiling.media.figures import Level, draw_streaming
-
+EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "draw_streaming.py"))
+Level, draw_streaming = EXAMPLE["Level"], EXAMPLE["draw_streaming"]
 LEVELS = [Level("latents", 1, 0, 4, 1, 3), Level("pixels", 32, 32, 96, 32, 96)]
 
 

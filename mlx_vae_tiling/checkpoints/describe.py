@@ -1,8 +1,7 @@
-"""`load_decoder`: header, then names and config, then a strict load of the decoder's tensors alone."""
+"""`describe_checkpoint`: what a source holds, and where, from headers alone."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -10,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.hub import fetch_vae
-from mlx_vae_tiling.media.decoder_files import (
+from mlx_vae_tiling.checkpoints.configs import Config, find_config, read_config
+from mlx_vae_tiling.checkpoints.files import (
     FOLDERS,
     choose_decoder_files,
     decoder_prefix,
@@ -24,22 +21,18 @@ from mlx_vae_tiling.media.decoder_files import (
     no_decoder,
     with_shards,
 )
+from mlx_vae_tiling.checkpoints.hub import fetch_vae
+from mlx_vae_tiling.checkpoints.tensor_names import Axes, kernel_axes, layout_of, rename
+from mlx_vae_tiling.dtypes import FLOAT_TYPES
 from mlx_vae_tiling.media.safetensors_header import TensorEntry, read_local_header
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.layouts import Axes, kernel_axes, layout_of, rename
-from mlx_vae_tiling.vae.published import Config, find_config, read_config, version_of
+from mlx_vae_tiling.vae.published import version_of
 
 Source = str | os.PathLike[str]
 
 DEMO = Path(__file__).parent.parent / "demo" / "vae.safetensors"
-STORED_DTYPES = {
-    "F32": ("float32", np.float32, mx.float32),
-    "F16": ("float16", np.float16, mx.float16),
-    "BF16": ("bfloat16", np.uint16, mx.bfloat16),
-}
-DTYPES = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
-DTYPES |= {name: dtype for name, _, dtype in STORED_DTYPES.values()}
+STORED_NAMES = {kind.stored_name: kind.name for kind in FLOAT_TYPES}
 _ON_HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(?P<file>.+\.safetensors))?")
 _ATTENTION = re.compile(r"\b(attentions?|attn\d?|to_qkv|to_q)\.")
 _SCALES = re.compile(r"(_scale|_scale_inv|\.scales|_scales)$")
@@ -68,52 +61,12 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
-class _StoredDecoder:
+class StoredDecoder:
     """Where the decoder's tensors lie, by our names, and how to transpose its kernels."""
 
     info: CheckpointInfo
     entries: Mapping[str, TensorEntry]
     axes: Mapping[str, Axes]
-
-
-def load_decoder(
-    source: Source, *, dtype: mx.Dtype | str | None = None, config: Config | None = None
-) -> VideoDecoder:
-    """Loads a video decoder from any published file layout.
-
-    Only the decoder's tensors are read, one by one, also from a checkpoint of a whole model.
-
-    Args:
-        source: A file; a directory with one, itself or in `vae`, `decoder` or `vae/decoder`; "demo"
-            for the bundled demonstration; or "owner/name" or "owner/name/file.safetensors" on the
-            Hugging Face Hub, where `fetch_vae` gets it.
-        dtype: mx.float32, mx.float16, mx.bfloat16 or their names; None for that of the stored
-            kernels. The per-channel statistics stay as they are stored.
-        config: Overrides what the file says: a `DecoderConfig`, the VAE's JSON in original or
-            diffusers form, or the name of a published version such as "LTX-2".
-
-    Returns:
-        The decoder, with its weights in memory.
-
-    Raises:
-        FileNotFoundError: If there is no such file or directory.
-        ValueError: If the source holds no LTX video decoder of a supported kind, or its tensors are
-            not exactly those of its config.
-
-    Example:
-        >>> load_decoder("demo").config.parameters
-        1809072
-    """
-    wanted = None if dtype is None else _parse_dtype(dtype)
-    stored = _find(source, config)
-    decoder = VideoDecoder(stored.info.config)
-    wanted = wanted or DTYPES[stored.info.dtype]
-    weights = []
-    for name, shape in _parameter_shapes(decoder).items():
-        target = None if name.startswith("per_channel_statistics.") else wanted
-        weights.append((name, _read(stored.entries[name], stored.axes.get(name), shape, target)))
-    decoder.load_weights(weights)
-    return decoder
 
 
 def describe_checkpoint(source: Source, *, config: Config | None = None) -> CheckpointInfo:
@@ -127,10 +80,11 @@ def describe_checkpoint(source: Source, *, config: Config | None = None) -> Chec
         FileNotFoundError: As `load_decoder` does.
         ValueError: As `load_decoder` does.
     """
-    return _find(source, config).info
+    return find_decoder(source, config).info
 
 
-def _find(source: Source, given: Config | None) -> _StoredDecoder:
+def find_decoder(source: Source, given: Config | None) -> StoredDecoder:
+    """Finds, names and checks the tensors of a decoder; see `load_decoder`."""
     files = _files(_locate(source))
     header = merged(read_local_header(file) for file in files)
     prefix = decoder_prefix(header.tensors)
@@ -144,15 +98,16 @@ def _find(source: Source, given: Config | None) -> _StoredDecoder:
     config = read_config(given) if given is not None else find_config(files[0], header.metadata, shapes)
     _check_exact(files[0], config, names, shapes)
     entries = {ours: tensors[name] for name, ours in names.items()}
+    version = version_of(config)
     info = CheckpointInfo(
         path=files[0],
         layout=layout_of(tensors, prefix),
-        version=version_of(config),
+        version=version.title if version else "custom",
         config=config,
-        dtype=STORED_DTYPES[entries["conv_in.conv.weight"].dtype][0],
+        dtype=STORED_NAMES[entries["conv_in.conv.weight"].dtype],
         decoder_bytes=sum(entry.size_in_bytes for entry in entries.values()),
     )
-    return _StoredDecoder(info, entries, axes)
+    return StoredDecoder(info, entries, axes)
 
 
 def _locate(source: Source) -> Path:
@@ -187,7 +142,7 @@ def _check_supported(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     attention = [name for name in tensors if _ATTENTION.search(name)]
     if attention:
         raise ValueError(f"{path}: attention blocks are not supported, got {_listing(attention)}")
-    unknown = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in STORED_DTYPES]
+    unknown = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in STORED_NAMES]
     quantized = unknown or [name for name in tensors if _SCALES.search(name)]
     if quantized:
         raise ValueError(
@@ -204,7 +159,7 @@ def _check_exact(
     path: Path, config: DecoderConfig, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Names and shapes must be the config's; axes of size 1 do not count."""
-    expected = _parameter_shapes(VideoDecoder(config))
+    expected = parameter_shapes(VideoDecoder(config))
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     first = {ours: name for name, ours in reversed(list(names.items()))}
     for name, ours in names.items():
@@ -216,7 +171,8 @@ def _check_exact(
         raise ValueError(f"{path} must hold exactly the tensors of its config: {_listing(problems)}")
 
 
-def _parameter_shapes(decoder: VideoDecoder) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(decoder: VideoDecoder) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name."""
     parameters: Any = tree_flatten(decoder.parameters())
     return {name: parameter.shape for name, parameter in parameters}
 
@@ -224,22 +180,3 @@ def _parameter_shapes(decoder: VideoDecoder) -> dict[str, tuple[int, ...]]:
 def _listing(items: list[str], longest: int = 5) -> str:
     more = f" and {len(items) - longest} more" if len(items) > longest else ""
     return "; ".join(items[:longest]) + more
-
-
-def _read(entry: TensorEntry, axes: Axes | None, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
-    """One tensor, evaluated, so that nothing but the result is alive when the next is read."""
-    _, numpy_type, stored_type = STORED_DTYPES[entry.dtype]
-    values = np.fromfile(entry.file, numpy_type, math.prod(entry.shape), offset=entry.start)
-    values = values.reshape(entry.shape)
-    if axes:
-        values = values.transpose(axes)
-    tensor = mx.array(values.reshape(shape)).view(stored_type).astype(dtype or stored_type)
-    mx.eval(tensor)
-    return tensor
-
-
-def _parse_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
-    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed is None or parsed not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
-    return parsed

@@ -1,0 +1,82 @@
+"""`mlx-vae-tiling decode`: saved latents to a video, an image sequence or an array."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli.options import parse_config
+from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
+from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
+from mlx_vae_tiling.media.latents import looks_denormalized
+from mlx_vae_tiling.runtime.run import decode_to_file, kept_frames
+
+PURPOSE = "decode saved latents to a video, an image sequence or an array"
+EXAMPLES = """
+  mlx-vae-tiling decode demo --vae demo -o demo.mp4
+  mlx-vae-tiling decode shot.safetensors --vae ltx-2.3-vae.safetensors -o shot.mp4 --memory 8GB
+  mlx-vae-tiling decode shot.latent --vae Kijai/LTX2.3_comfy -o shot.mov --fps 24000/1001
+  mlx-vae-tiling decode shot.npy --vae ltx-2-vae/ -o part.npy --frames 24:48 --crop 0:256,128:384
+  mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30"""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declares the arguments of this command."""
+    add = command.add_argument
+    add("latents", metavar="LATENTS", help='.safetensors, .latent, .npy, .npz or .pt, or "demo"')
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help=".mp4, .mov, .npy, frame_%%05d.png, or frames/ for PNG",
+    )
+    add("--fps", help="frames per second, also as 24000/1001; default: what LATENTS says, or 24")
+    add("--codec", help="h264 (.mp4), hevc, or prores (.mov)")
+    add("--quality", type=float, help="of h264 and hevc: 1, best, to 51; default 18")
+    add("--timestep", type=float, help="of versions with timestep conditioning; default 0.05")
+    add("--noise-scale", type=float, help="noise in the latents of those versions, 0 to 1; default 0.025")
+    add("--seed", type=int, default=0, help="of that noise; default 0")
+    add(
+        "--denormalized", action="store_true", help="LATENTS were denormalized, as by diffusers' LTX2Pipeline"
+    )
+    add("--resume", action="store_true", help="continue a decode that ended early, from OUT.partial")
+    add("-q", "--quiet", action="store_true", help="no plan and no progress on stderr")
+    add_planning(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes and prints the report; returns the exit status."""
+    decoder = load_decoder(args.vae, dtype=args.dtype, config=parse_config(args.config))
+    saved = read_given_latents(args, decoder.config)
+    statistics = decoder.per_channel_statistics
+    if not args.denormalized and looks_denormalized(saved.latents, statistics.mean, statistics.std):
+        print_warning("the latents look denormalized; if the video comes out wrong, pass --denormalized")
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype)
+    if not args.quiet:
+        print(plan, file=sys.stderr)
+    plan.require_fit()
+    report = decode_to_file(
+        decoder,
+        saved.latents,
+        args.output,
+        fps=args.fps or saved.fps or 24,
+        resume=args.resume,
+        codec=args.codec,
+        quality=args.quality,
+        plan=plan,
+        timestep=args.timestep,
+        noise_scale=args.noise_scale,
+        seed=args.seed,
+        normalized=not args.denormalized,
+        progress=not args.quiet,
+    )
+    print_result(args, report, report_fields(report))
+    return 0
+
+
+def resumable(args: argparse.Namespace) -> str:
+    """What of a decode that ended early can be resumed."""
+    kept = kept_frames(args.output) if "output" in args else None
+    return f"; {kept[1]:.0%} of the decode is kept in {kept[0]}, --resume continues it" if kept else ""

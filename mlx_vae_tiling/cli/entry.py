@@ -1,0 +1,45 @@
+"""`main`: one command, its exit status, and one line for whatever goes wrong.
+
+Results go to stdout, progress and warnings to stderr. Exit status: 0; 1 from `plan` where nothing fits; 2
+after one line that says what is wrong; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mlx_vae_tiling.cli.decode import resumable
+from mlx_vae_tiling.cli.parser import new_parser
+from mlx_vae_tiling.cli.printing import NAME, print_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Its arguments; None for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    args = new_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print(f"{NAME}: interrupted{resumable(args) or ', nothing was kept'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        kept = "" if isinstance(error, (ValueError, FileExistsError)) else resumable(args)
+        print_error(f"{_one_line(error)}{kept}")
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = (ValueError, OSError, ImportError, ArithmeticError)
+    return text if isinstance(error, expected) else f"{type(error).__name__}: {text}; --debug says where"

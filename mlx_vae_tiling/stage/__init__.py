@@ -1,0 +1,1 @@
+"""The interface of FastVideo's decoding stage, for pipelines that hold one."""

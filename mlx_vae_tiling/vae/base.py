@@ -1,0 +1,314 @@
+"""What every decoder does with its steps: decoding whole, streamed, by window or by blended tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae_tiling.dtypes import FLOATS
+from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
+from mlx_vae_tiling.vae.backend import Backend, backend_of
+from mlx_vae_tiling.vae.convolution import ConvolutionForm
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.regions import Region, Window
+from mlx_vae_tiling.vae.schedule import Pace, Step, regions_of
+from mlx_vae_tiling.vae.stream import Stream
+
+Timestep = float | Sequence[float] | mx.array
+
+
+class Config(Protocol):
+    """What a decoder's config says whatever the decoder."""
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def temporal_scale(self) -> int: ...
+    @property
+    def spatial_scale(self) -> int: ...
+
+
+class StreamingDecoder(nn.Module):
+    """A decoder as a list of steps.
+
+    It has no weights until `load_weights`, `update` or `init_random` gave it some. It is itself a
+    `decoder_fn` for `decode_with_tiling`.
+
+    Attributes:
+        config: The architecture.
+        convolution_form: Pins a form of convolution, None for the backend's choice.
+    """
+
+    config: Config
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution_form: ConvolutionForm | None = None
+        self._has_weights = False
+
+    def update(self, parameters: dict[str, Any], strict: bool = True) -> nn.Module:
+        """As `nn.Module.update`: this is how weights arrive, whoever brings them."""
+        super().update(parameters, strict)
+        self._has_weights = True
+        return self
+
+    def apply(self, *given: Any, **options: Any) -> nn.Module:
+        """As `nn.Module.apply`, which changes weights, and so brings none."""
+        had_weights = self._has_weights
+        super().apply(*given, **options)
+        self._has_weights = had_weights
+        return self
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype in which the decoder computes: that of its weights."""
+        raise NotImplementedError
+
+    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+        """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W').
+
+        Args:
+            options: Of the decode.
+            output_dtype: Of the frames; None for the decoder's own.
+        """
+        raise NotImplementedError
+
+    def options(
+        self,
+        *,
+        causal: bool | None = None,
+        timestep: Timestep | None = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+    ) -> DecodeOptions:
+        """What `stream` was told, with this decoder's defaults for what it was not.
+
+        Raises:
+            ValueError: If a value makes no sense.
+        """
+        raise NotImplementedError
+
+    def check(self, latents: mx.array, options: DecodeOptions) -> None:
+        """Raises a `ValueError` unless these latents can be decoded with these options."""
+        if not self._has_weights:
+            raise ValueError(
+                "the decoder has no weights; use load_decoder(source), decoder.load_weights(...) "
+                "or, to run on noise, decoder.init_random()"
+            )
+        if not isinstance(latents, mx.array):
+            raise ValueError(
+                f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts"
+            )
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have shape (B, {channels}, F, H, W), got {latents.shape}")
+        if 0 in latents.shape:
+            raise ValueError(f"latents must have no empty axis, got {latents.shape}")
+        if latents.dtype not in FLOATS:
+            raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
+        if len(options.timestep) not in (0, 1, len(latents)):
+            raise ValueError(
+                f"timestep must be one number or one per batch entry ({len(latents)}), "
+                f"got {len(options.timestep)}"
+            )
+
+    def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+        """(B, 3, frames, height, width) of the decode of latents of this shape."""
+        b, _, f, h, w = latent_shape
+        t, s = self.config.temporal_scale, self.config.spatial_scale
+        return b, self.config.out_channels, t * (f - 1) + 1, s * h, s * w
+
+    def regions(self, pixels: Region, causal: bool | None = None) -> list[Region]:
+        """What each step computes for a region of the output: first the latents, last the region itself."""
+        return regions_of(self.steps(self.options(causal=causal)), pixels)
+
+    def __call__(
+        self,
+        latents: mx.array,
+        causal: bool | None = None,
+        timestep: Timestep | None = None,
+        debug: bool = False,
+    ) -> mx.array:
+        """Decodes normalised latents as a whole.
+
+        Args:
+            latents: (B, C, F, H, W), normalised per channel.
+            causal: Overrides the config's.
+            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
+            debug: Accepted for compatibility; nothing depends on it.
+
+        Returns:
+            (B, 3, 8(F-1)+1, 32H, 32W) in the latents' dtype, nominally in [-1, 1], unclamped.
+
+        Raises:
+            ValueError: If the latents or the timestep do not fit the decoder.
+        """
+        options = self.options(causal=causal, timestep=timestep)
+        self.check(latents, options)
+        return self.decode_whole(latents, options)
+
+    def decode_whole(
+        self,
+        latents: mx.array,
+        options: DecodeOptions,
+        noise: Noise | None = None,
+        backend: Backend | str | None = None,
+    ) -> mx.array:
+        """The stream fed with one chunk."""
+        pieces = list(self.run(latents, options, None, Pace(latents.shape[2]), noise, backend))
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+    def stream(
+        self,
+        latents: mx.array,
+        *,
+        window: Window | None = None,
+        latent_frames_per_step: int = 1,
+        causal: bool | None = None,
+        timestep: Timestep | None = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+        noise: Noise | None = None,
+        max_chunk_frames: int | None = None,
+        backend: Backend | str | None = None,
+    ) -> Iterator[mx.array]:
+        """Decodes piece by piece; the concatenation along time is exactly the whole decode.
+
+        Memory does not grow with the number of frames. Arguments are checked at once, before the
+        first piece is asked for.
+
+        Args:
+            latents: (B, C, F, H, W).
+            window: The part of the output to decode; None for all of it.
+            latent_frames_per_step: Latent frames taken in at a time. Larger steps use more memory.
+            causal: Overrides the config's.
+            timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
+            noise_scale: Overrides `decode_noise_scale`.
+            seed: Of the noise, which is drawn for the whole video whatever the window.
+            normalized: False for latents that were already multiplied by the channels' standard
+                deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
+            noise: Replaces the noise of the seed.
+            max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+            backend: "cpu", "metal", "cuda" or a `Backend`: the policy to run by, by default that of the
+                default device.
+
+        Returns:
+            An iterator of (B, 3, f, h, w) in the latents' dtype.
+
+        Raises:
+            ValueError: If latents, window or options do not fit the decoder.
+        """
+        options = self.options(
+            causal=causal, timestep=timestep, noise_scale=noise_scale, seed=seed, normalized=normalized
+        )
+        self.check(latents, options)
+        pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
+        pace = Pace(latent_frames_per_step, max_chunk_frames)
+        return self.run(latents, options, pixels, pace, noise, backend)
+
+    def run(
+        self,
+        latents: mx.array,
+        options: DecodeOptions,
+        pixels: Region | None,
+        pace: Pace,
+        noise: Noise | None = None,
+        backend: Backend | str | None = None,
+    ) -> Iterator[mx.array]:
+        """`stream` with everything resolved and checked.
+
+        Args:
+            latents: (B, C, F, H, W).
+            options: From `options`.
+            pixels: The region of the output; None for all of it.
+            pace: May be changed while the stream runs.
+            noise: None for that of the options' seed.
+            backend: None for that of the default device.
+        """
+        return self.open(latents, options, pixels, noise, backend).run(pace)
+
+    def open(
+        self,
+        latents: mx.array,
+        options: DecodeOptions,
+        pixels: Region | None,
+        noise: Noise | None = None,
+        backend: Backend | str | None = None,
+    ) -> Stream:
+        """A stream that nothing was computed of yet; as `run`."""
+        steps = self.steps(options, latents.dtype)
+        regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
+        noise = noise or Noise(options.seed, (latents.shape[3], latents.shape[4]))
+        return Stream(steps, regions, latents, self.dtype, self.policy(backend), noise)
+
+    def policy(self, backend: Backend | str | None = None) -> Backend:
+        """A backend with the form of convolution that is pinned, if one is."""
+        chosen = backend_of(backend)
+        return chosen if self.convolution_form is None else replace(chosen, form=self.convolution_form)
+
+    def decode_tiled(
+        self, latents: mx.array, tiling_config: TilingConfig | None = None, **options: Any
+    ) -> mx.array:
+        """Decodes by blended tiles to a whole video: the pieces of `stream_tiled`, joined.
+
+        Args:
+            latents: (B, C, F, H, W).
+            tiling_config: Tiles and overlaps; None decodes whole.
+            **options: As `stream_tiled`.
+        """
+        return mx.concatenate(list(self.stream_tiled(latents, tiling_config, **options)), axis=2)
+
+    def stream_tiled(
+        self,
+        latents: mx.array,
+        tiling_config: TilingConfig | None = None,
+        *,
+        causal: bool | None = None,
+        timestep: Timestep | None = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+        debug: bool = False,
+        backend: Backend | str | None = None,
+    ) -> Iterator[mx.array]:
+        """Decodes by blended tiles, which see one noise.
+
+        Args:
+            latents: (B, C, F, H, W).
+            tiling_config: Tiles and overlaps; None decodes whole.
+            causal, timestep, noise_scale, seed, normalized, backend: As `stream`.
+            debug: Reports tiles through `logging`.
+
+        Returns:
+            An iterator of finished frames (B, 3, f, H, W) in the latents' dtype.
+        """
+        options = self.options(
+            causal=causal, timestep=timestep, noise_scale=noise_scale, seed=seed, normalized=normalized
+        )
+        self.check(latents, options)
+        return self.run_tiled(latents, options, tiling_config, backend, debug)
+
+    def run_tiled(
+        self,
+        latents: mx.array,
+        options: DecodeOptions,
+        tiling_config: TilingConfig | None,
+        backend: Backend | str | None = None,
+        debug: bool = False,
+    ) -> Iterator[mx.array]:
+        """`stream_tiled` with everything resolved and checked."""
+        noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
+
+        def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
+            return self.decode_whole(tile, options, noise.at(position), backend)
+
+        scales = self.config.spatial_scale, self.config.temporal_scale
+        return iter_decode_with_tiling(decode, latents, tiling_config, *scales, debug=debug)

@@ -1,0 +1,81 @@
+"""What a decode depends on besides latents and weights: `DecodeOptions`, and the noise of its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_vae_tiling.vae.regions import Region
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options resolved for one decoder: its defaults filled in, checked, the same in every piece of a decode.
+
+    Attributes:
+        causal: Whether convolutions see past frames only.
+        timestep: One number, or one per batch entry; empty for versions without timestep conditioning.
+        noise_scale: Share of noise in the latents; 0 for versions without timestep conditioning.
+        seed: Of all noise.
+        normalized: Whether the latents are normalised per channel.
+    """
+
+    causal: bool
+    timestep: tuple[float, ...]
+    noise_scale: float
+    seed: int
+    normalized: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_scale <= 1:
+            raise ValueError(f"noise_scale must lie between 0 and 1, got {self.noise_scale}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a whole video, of which chunks, windows and tiles take their part by position.
+
+    Args:
+        seed: Of all fields.
+        size: Height and width of the whole video's latents.
+        origin: Frame, row and column of the whole video's latents at which positions are counted from.
+    """
+
+    seed: int
+    size: tuple[int, int]
+    origin: tuple[int, int, int] = (0, 0, 0)
+
+    def at(self, origin: tuple[int, int, int]) -> Noise:
+        """The same noise, for positions that are counted from these latents."""
+        return replace(self, origin=origin)
+
+    def latents(self, region: Region, batch: int, channels: int) -> mx.array:
+        """The noise of a region of the latents: (batch, channels, f, h, w) float32, drawn by the frame."""
+        (first, top, left), (height, width) = self.origin, self.size
+        base = mx.random.split(mx.random.key(self.seed))[0]
+        rows = slice(top + region.height.start, top + region.height.stop)
+        columns = slice(left + region.width.start, left + region.width.stop)
+        frames = []
+        for frame in range(first + region.time.start, first + region.time.stop):
+            key = mx.random.split(base ^ mx.array([0, frame], mx.uint32))[0]
+            frames.append(mx.random.normal((batch, channels, height, width), key=key)[..., rows, columns])
+        return mx.stack(frames, axis=2)
+
+    def field(self, number: int, region: Region, scale: int) -> mx.array:
+        """The part (h, w) of a field that is the same for all frames and channels of a level.
+
+        Args:
+            number: Of the field, in decode order.
+            region: Of the level.
+            scale: Positions of the level per latent, along height and width.
+        """
+        key = mx.random.split(mx.random.split(mx.random.key(self.seed))[1] ^ mx.array([0, number], mx.uint32))[0]
+        whole = mx.random.normal((self.size[0] * scale, self.size[1] * scale), key=key)
+        top, left = self.origin[1] * scale, self.origin[2] * scale
+        return whole[
+            top + region.height.start : top + region.height.stop,
+            left + region.width.start : left + region.width.stop,
+        ]

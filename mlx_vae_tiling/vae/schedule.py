@@ -1,0 +1,175 @@
+"""When each step of a decoder computes which frames, and how long they are held: integers only.
+
+A decoder is a list of steps, of which each reads earlier ones through needs. `regions_of` runs the needs
+backwards from the pixels; `schedule` runs forwards and says what happens, event by event. The planner adds
+the events up, the runner carries them out: neither knows more than they say.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlx_vae_tiling.vae.regions import Need, Region, Span
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_vae_tiling.vae.backend import Taken, Where
+
+
+class Read(NamedTuple):
+    """What a step reads: an earlier step, by its number, and which positions of it."""
+
+    producer: int
+    need: Need
+
+
+class Step(NamedTuple):
+    """A node of a decoder. The first of a list reads no step but the latents.
+
+    Attributes:
+        compute: Turns what is read, in the order of `reads`, and where that is, into the frames asked for.
+        taken: The bytes that `compute` takes beside what is held before it, its result included.
+        reads: What it reads; the first is its main input, which is at most as far upsampled as itself.
+        channels: Of its output.
+        operations: Multiplications and additions per position of its output.
+    """
+
+    compute: Callable[[Sequence[mx.array], Where], mx.array]
+    taken: Callable[[Where], Taken]
+    reads: tuple[Read, ...]
+    channels: int
+    operations: int = 0
+
+
+class Compute(NamedTuple):
+    """Frames start to stop - 1 of a step are computed from those of its producers, and held or handed out."""
+
+    step: int
+    start: int
+    stop: int
+
+
+class Forget(NamedTuple):
+    """Frames before `before` of a step are seen by no later one."""
+
+    step: int
+    before: int
+
+
+Event = Compute | Forget
+
+
+@dataclass
+class Pace:
+    """How much a stream takes in at a time; may be changed while the stream runs.
+
+    Args:
+        latent_frames: Latent frames per step.
+        max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+    """
+
+    latent_frames: int = 1
+    max_chunk_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("latent_frames", "max_chunk_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def limit(self, scale: int) -> int:
+        """Most frames of a chunk at a level of this many frames per latent frame."""
+        return min(self.latent_frames * scale, self.max_chunk_frames or self.latent_frames * scale)
+
+    def double(self, scale: int) -> None:
+        """Doubles the chunks of the last level, whose frames per latent frame are `scale`."""
+        if self.max_chunk_frames is None:
+            self.latent_frames *= 2
+        else:
+            self.max_chunk_frames = 2 * self.max_chunk_frames if 2 * self.max_chunk_frames < scale else None
+
+    def halve(self, scale: int) -> None:
+        """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
+        if self.latent_frames > 1:
+            self.latent_frames = (self.latent_frames + 1) // 2
+        else:
+            self.max_chunk_frames = max(1, (self.max_chunk_frames or scale) // 2)
+
+
+def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
+    """What each step has to compute for a region of the last one's output."""
+    wanted: list[Region | None] = [None] * len(steps)
+    wanted[-1] = output
+    for number in range(len(steps) - 1, 0, -1):
+        region = wanted[number]
+        assert region is not None, f"step {number} is read by no later one"
+        for producer, need in steps[number].reads:
+            before, other = need.before(region), wanted[producer]
+            wanted[producer] = before if other is None else other.joined(before)
+    return [region for region in wanted if region is not None]
+
+
+def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterator[Event]:
+    """Says what happens in a decode, in order.
+
+    Whatever is furthest down and can compute something does so next; only when nothing can are latents
+    taken in. A chunk has at most as many frames as the pace allows at the level of its main input, times
+    the step's own stride, and less where its producers have less.
+
+    Args:
+        steps: The decoder.
+        times: The frames that each step has to compute.
+        pace: Read anew for every chunk.
+
+    Yields:
+        Each `Compute`, followed by a `Forget` of every producer of which fewer frames are needed from then on.
+    """
+    readers: list[list[Read]] = [[] for _ in steps]
+    for number, step in enumerate(steps):
+        for producer, need in step.reads:
+            readers[producer].append(Read(number, need))
+    scales = frames_per_latent(steps)
+    made, held = ([span.start for span in times] for _ in range(2))
+
+    def ready(number: int) -> int:
+        """The frame up to which a step can compute now."""
+        start, (_, stop, size) = made[number], times[number]
+        reads = steps[number].reads
+        if not reads:
+            return min(stop, start + pace.latent_frames)
+        scale = scales[reads[0].producer]
+        stop = min(stop, start + pace.limit(scale) * scales[number] // scale)
+        for producer, need in reads:
+            ends = [need.along(0, Span(n, n + 1, size)).stop for n in range(start, stop)]
+            stop = start + bisect_right(ends, made[producer])
+        return stop
+
+    def first_needed(reader: int, need: Need, producer: int) -> int:
+        start, (_, stop, size) = made[reader], times[reader]
+        return times[producer].stop if start == stop else need.along(0, Span(start, start + 1, size)).start
+
+    number = 0
+    while made[-1] < times[-1].stop:
+        while (stop := ready(number)) <= made[number]:
+            number -= 1
+        yield Compute(number, made[number], stop)
+        made[number] = stop
+        for producer in {read.producer for read in steps[number].reads}:
+            before = min(first_needed(reader, need, producer) for reader, need in readers[producer])
+            if before > held[producer]:
+                held[producer] = before
+                yield Forget(producer, before)
+        # Nothing but its readers can have become ready.
+        number = max((reader for reader, _ in readers[number]), default=number)
+
+
+def frames_per_latent(steps: Sequence[Step]) -> list[int]:
+    """Of each step, how many frames of its output there are per latent frame."""
+    scales: list[int] = []
+    for step in steps:
+        scales.append(scales[step.reads[0].producer] * step.reads[0].need.stride[0] if step.reads else 1)
+    return scales
