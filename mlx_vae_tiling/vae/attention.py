@@ -1,0 +1,276 @@
+"""Neighbourhood attention over a region of a grid, in blocks of queries, and rotary positions.
+
+The window of a position is centred on it and keeps its size: at a border of the grid it is shifted inward.
+Neighbouring queries share most of their keys, so that a block of queries attends to all the keys that any of
+them sees, through one masked `mx.fast.scaled_dot_product_attention`. What that computes in excess is what
+larger blocks cost; what smaller ones cost is copying keys more often. `block_for` weighs the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import groupby, product
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vae_tiling.vae.regions import Region, Span, Stride
+
+ROTARY_BASE = 10000.0
+
+BLOCK_OVERHEAD = 96
+"""Queries whose products with a key take as long as copying the key for their block, on a GPU."""
+
+BLOCK_QUERIES = 512
+"""Most queries of a block."""
+
+
+class Blocks(NamedTuple):
+    """Consecutive blocks of an axis that differ by their position alone.
+
+    Attributes:
+        first: First query of the first of them.
+        first_key: First key of the first of them.
+        count: How many there are.
+        queries, keys: Positions of each.
+        starts: Of each query of a block, where its window starts among the block's keys.
+    """
+
+    first: int
+    first_key: int
+    count: int
+    queries: int
+    keys: int
+    starts: tuple[int, ...]
+
+    def part(self, start: int, stop: int) -> Blocks:
+        """The blocks start to stop - 1 of these."""
+        offset = start * self.queries
+        return self._replace(first=self.first + offset, first_key=self.first_key + offset, count=stop - start)
+
+
+def window_start(position: int, kernel: int, size: int) -> int:
+    """Where the window of a position starts, on an axis at least as long as the kernel."""
+    return min(max(position - kernel // 2, 0), size - kernel)
+
+
+@lru_cache(maxsize=4096)
+def blocks_of(span: Span, kernel: int, block: int, aligned: bool) -> tuple[Blocks, ...]:
+    """Cuts the queries of an axis into blocks of at most `block`, in order, equal ones together.
+
+    Args:
+        span: The queries.
+        kernel: Positions of a window.
+        block: Most queries of a block.
+        aligned: Whether to cut at multiples of `block`, whatever the span.
+    """
+    kernel = min(kernel, span.size)
+    first_cut = span.start - span.start % block + block if aligned else span.start + block
+    cuts = [span.start, *range(first_cut, span.stop, block), span.stop]
+    found = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        begins = [window_start(position, kernel, span.size) for position in range(start, stop)]
+        starts = tuple(begin - begins[0] for begin in begins)
+        found.append(Blocks(start, begins[0], 1, stop - start, starts[-1] + kernel, starts))
+    # Blocks of which the next one's keys lie as far on as its queries can be one strided view.
+    merged: list[Blocks] = []
+    for _, alike in groupby(found, key=lambda b: (b.queries, b.starts, b.first_key - b.first)):
+        group = list(alike)
+        merged.append(group[0]._replace(count=len(group)))
+    return tuple(merged)
+
+
+@lru_cache(maxsize=1024)
+def block_for(kernel: Stride, queries: Stride) -> Stride:
+    """The size of a block that is expected to be fastest for so many queries along each axis."""
+    options = [sorted({min(size, length) for size in (1, 2, 4, 8, 16)}) for length in queries]
+
+    def cost(block: Stride) -> float:
+        count = math.prod(block)
+        keys = math.prod(b + k - 1 for b, k in zip(block, kernel, strict=True))
+        return keys * (count + BLOCK_OVERHEAD) / count if count <= BLOCK_QUERIES else math.inf
+
+    return min(product(*options), key=lambda block: (cost(block), block))
+
+
+def _axes(kernel: Stride, queries: Region) -> list[tuple[Blocks, ...]]:
+    block = block_for(kernel, tuple(span.length for span in queries))
+    # In time chunks begin anywhere; in space aligned blocks are the same in every window.
+    return [blocks_of(queries[axis], kernel[axis], block[axis], aligned=axis > 0) for axis in range(3)]
+
+
+def attention_pairs(kernel: Stride, queries: Region) -> int:
+    """Pairs of a query and a key whose product is computed for a region of queries."""
+    sums = [sum(b.count * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries)]
+    return math.prod(sums)
+
+
+def attention_excess(kernel: Stride, queries: Region) -> float:
+    """Products that are computed over those that are needed."""
+    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
+    return attention_pairs(kernel, queries) / math.prod(needed)
+
+
+def neighbourhood_attention(
+    q: mx.array, kv: mx.array, kernel: Stride, queries: Region, keys: Region, pairs: int = 2**26
+) -> mx.array:
+    """Attends from every query to the window of keys around it.
+
+    Args:
+        q: (B, T, H, W, heads, D) at the positions of `queries`, already scaled.
+        kv: (B, T', H', W', 2, heads, D), keys and values at the positions of `keys`.
+        kernel: Positions of a window along time, height and width. Where the grid is smaller, all of it.
+        queries: Where the queries lie in the grid.
+        keys: Where the keys lie; at least all that the queries' windows reach.
+        pairs: Bounds the products of queries and keys of one call, and so the memory that it takes.
+
+    Returns:
+        (B, T, H, W, heads, D) in the dtype of q.
+    """
+    b, *_, heads, width = q.shape
+    kv = mx.contiguous(kv)
+    times, rows, columns = _axes(kernel, queries)
+    frames = []
+    for time in (t.part(i, i + 1) for t in times for i in range(t.count)):
+        bands = []
+        for band in rows:
+            strips = []
+            for strip in columns:
+                mask = _mask(time, band, strip)
+                per_block = heads * b * math.prod((g.queries * g.keys) for g in (time, band, strip))
+                parts = [
+                    _attend(q, kv, mask, (time, *part), queries, keys)
+                    for part in _portions(band, strip, max(1, pairs // per_block))
+                ]
+                shape = b, time.queries, -1, strip.count * strip.queries, heads, width
+                strips.append(_joined(parts, band, strip, shape))
+            bands.append(mx.concatenate(strips, axis=3) if len(strips) > 1 else strips[0])
+        frames.append(mx.concatenate(bands, axis=2) if len(bands) > 1 else bands[0])
+        mx.eval(frames[-1])
+    return mx.concatenate(frames, axis=1) if len(frames) > 1 else frames[0]
+
+
+def _portions(band: Blocks, strip: Blocks, most: int) -> Iterator[tuple[Blocks, Blocks]]:
+    """Parts of a grid of blocks with at most so many blocks each: whole rows of it, or parts of a row."""
+    if most >= strip.count:
+        rows = most // strip.count
+        for start in range(0, band.count, rows):
+            yield band.part(start, min(start + rows, band.count)), strip
+        return
+    for row in range(band.count):
+        for start in range(0, strip.count, most):
+            yield band.part(row, row + 1), strip.part(start, min(start + most, strip.count))
+
+
+def _joined(parts: list[mx.array], band: Blocks, strip: Blocks, shape: tuple[int, ...]) -> mx.array:
+    """Portions as `_portions` cut them, of shape (B, t, rows, columns, heads, D), side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].shape[3] == shape[3]:
+        return mx.concatenate(parts, axis=2)
+    each = len(parts) // band.count
+    rows = [mx.concatenate(parts[i : i + each], axis=3) for i in range(0, len(parts), each)]
+    return mx.concatenate(rows, axis=2)
+
+
+def _attend(
+    q: mx.array,
+    kv: mx.array,
+    mask: mx.array | None,
+    blocks: tuple[Blocks, Blocks, Blocks],
+    queries: Region,
+    keys: Region,
+) -> mx.array:
+    """Computes a grid of equal blocks; evaluated, so that the copies of their keys can go."""
+    b, *_, heads, width = q.shape
+    counts = [g.count for g in blocks[1:]]
+    sizes = [g.queries for g in blocks]
+    block_q = _gathered(q, [(g.first, g.count, g.queries, g.queries) for g in blocks], queries)
+    gathered = _gathered(kv, [(g.first_key, g.count, g.queries, g.keys) for g in blocks], keys)
+    block_k, block_v = gathered[:, :, 0], gathered[:, :, 1]
+    out = mx.fast.scaled_dot_product_attention(
+        *(x.transpose(0, 2, 1, 3) for x in (block_q, block_k, block_v)), scale=1.0, mask=mask
+    )
+    out = out.reshape(b, *counts, heads, *sizes, width).transpose(0, 4, 1, 5, 2, 6, 3, 7)
+    out = out.reshape(b, sizes[0], counts[0] * sizes[1], counts[1] * sizes[2], heads, width)
+    mx.eval(out)
+    return out
+
+
+def _gathered(x: mx.array, axes: list[tuple[int, int, int, int]], region: Region) -> mx.array:
+    """Blocks of x (B, T, H, W, ...) as (B * rows * columns of blocks, positions, ...).
+
+    Args:
+        x: Contiguous; at the positions of `region`.
+        axes: Along time, height and width: the first position, the number of blocks, how far one lies from
+            the next, and positions of each. Along time there is one block.
+        region: Where x lies.
+    """
+    b, t, h, w, *rest = x.shape
+    inner = math.prod(rest)
+    strides = [h * w * inner, w * inner, inner]
+    offset = sum((first - span.start) * s for (first, *_), span, s in zip(axes, region, strides, strict=True))
+    _, (_, rows, row_step, _), (_, columns, column_step, _) = axes
+    sizes = [size for *_, size in axes]
+    inner_strides = [math.prod(rest[i + 1 :]) for i in range(len(rest))]
+    view = mx.as_strided(
+        x,
+        (b, rows, columns, *sizes, *rest),
+        (t * strides[0], row_step * strides[1], column_step * strides[2], *strides, *inner_strides),
+        offset,
+    )
+    return view.reshape(b * rows * columns, math.prod(sizes), *rest)
+
+
+def _mask(time: Blocks, band: Blocks, strip: Blocks) -> mx.array | None:
+    """(queries, keys) booleans: which keys of a block each of its queries sees; None for all of them."""
+    axes = tuple((g.starts, g.keys) for g in (time, band, strip))
+    if all(not any(starts) for starts, _ in axes):
+        return None
+    return mx.array(_mask_values(axes))
+
+
+@lru_cache(maxsize=64)
+def _mask_values(axes: tuple[tuple[tuple[int, ...], int], ...]) -> np.ndarray:
+    seen = []
+    for starts, keys in axes:
+        begin = np.array(starts)[:, None]
+        length = keys - starts[-1]
+        seen.append((np.arange(keys) >= begin) & (np.arange(keys) < begin + length))
+    t, h, w = seen
+    mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
+    return mask.reshape(math.prod(mask.shape[:3]), -1)
+
+
+def rotary_split(head_dim: int) -> Stride:
+    """Channels of a head that are rotated by the position in time, height and width."""
+    time = head_dim // 4 // 2 * 2
+    if (head_dim - time) // 2 % 2:
+        time -= 2
+    return time, (head_dim - time) // 2, (head_dim - time) // 2
+
+
+def rotary_factors(region: Region, head_dim: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (T, H, W, 1, D/2) of the angles of absolute positions, in float32."""
+    t, h, w = (span.length for span in region)
+    angles = []
+    for axis, (span, width) in enumerate(zip(region, rotary_split(head_dim), strict=True)):
+        frequencies = (1 / ROTARY_BASE ** (np.arange(0, width, 2) / width)).astype(np.float32)
+        values = np.arange(span.start, span.stop, dtype=np.float32)[:, None] * frequencies
+        shape = [1, 1, 1, 1, width // 2]
+        shape[axis] = span.length
+        angles.append(mx.broadcast_to(mx.array(values).reshape(shape), (t, h, w, 1, width // 2)))
+    joined = mx.concatenate(angles, axis=-1)
+    return mx.cos(joined), mx.sin(joined)
+
+
+def rotated(x: mx.array, factors: tuple[mx.array, mx.array]) -> mx.array:
+    """Rotates neighbouring channels of x (B, T, H, W, heads, D) in pairs, in float32."""
+    cosines, sines = factors
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([even * cosines - odd * sines, even * sines + odd * cosines], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
