@@ -96,6 +96,11 @@ def block_for(kernel: Stride, queries: Stride) -> Stride:
     return min(product(*options), key=lambda block: (cost(block), block))
 
 
+def attention_keys(kernel: Stride) -> int:
+    """Keys that a query is multiplied with in the interior of a large region."""
+    return math.prod(b + k - 1 for b, k in zip(block_for(kernel, (8, 16, 16)), kernel, strict=True))
+
+
 def _axes(kernel: Stride, queries: Region) -> list[tuple[Blocks, ...]]:
     block = block_for(kernel, tuple(span.length for span in queries))
     # In time chunks begin anywhere; in space aligned blocks are the same in every window.

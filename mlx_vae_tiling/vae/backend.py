@@ -75,6 +75,15 @@ class Backend:
         """Pieces that are being computed while the consumer has the last one."""
         return 1
 
+    @property
+    def tile_elements(self) -> int:
+        """Elements of the widest array that transformer layers compute at once, where they work by tiles."""
+        return 2**26
+
+    def attention_bytes(self, pairs: int, itemsize: int) -> int:
+        """What attention takes for so many pairs of queries and keys: copies of keys, no matrix of scores."""
+        return itemsize * pairs
+
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.
 
@@ -131,6 +140,14 @@ class CPUBackend(Backend):
     @property
     def pieces_ahead(self) -> int:
         return 0
+
+    @property
+    def tile_elements(self) -> int:
+        return 2**22
+
+    def attention_bytes(self, pairs: int, itemsize: int) -> int:
+        """The CPU has no fused attention: scores, masked and normalised, lie in memory."""
+        return (4 + 4 * itemsize) * pairs
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""

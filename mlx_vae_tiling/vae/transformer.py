@@ -1,0 +1,310 @@
+"""The layers of the diffusion decoder: attribute names are the original checkpoints', axes channels-last.
+
+A block of a stage is two steps. The first makes keys and values, which are held as long as a later window
+reaches them; the second attends to them and runs the MLP. Both work on a few frames at a time, evaluated before
+the next, so that what a step takes hardly grows with its chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae_tiling.vae.attention import (
+    attention_keys,
+    block_for,
+    neighbourhood_attention,
+    rotary_factors,
+    rotated,
+)
+from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
+from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
+from mlx_vae_tiling.vae.layers import sinusoid
+from mlx_vae_tiling.vae.operations import cut, depth_to_space
+from mlx_vae_tiling.vae.regions import Attention, Need, Region, Same, Stride, Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
+
+EPS = 1e-6
+Inputs = Sequence[mx.array]
+Modulation = tuple[mx.array, mx.array]
+"""What a normalised input is multiplied by, less 1, and what is added to it: (C,) each."""
+
+
+class NeighbourhoodAttention(nn.Module):
+    """Queries, keys and values of one linear layer, of which q and k are normalised by head and rotated."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.q_norm, self.k_norm = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
+        self._channels, self._head_dim = channels, head_dim
+
+    def queries(self, x: mx.array, region: Region) -> mx.array:
+        """(B, T, H, W, C) to (B, T, H, W, heads, D), scaled."""
+        q = self._projected(x, 0, 1)[..., 0, :, :]
+        return rotated(self.q_norm(q) * self._head_dim**-0.5, rotary_factors(region, self._head_dim))
+
+    def keys_and_values(self, x: mx.array, region: Region) -> mx.array:
+        """(B, T, H, W, C) to (B, T, H, W, 2, heads, D)."""
+        kv = self._projected(x, 1, 3)
+        k = rotated(self.k_norm(kv[..., 0, :, :]), rotary_factors(region, self._head_dim))
+        return mx.stack([k, kv[..., 1, :, :]], axis=-3)
+
+    def _projected(self, x: mx.array, first: int, last: int) -> mx.array:
+        rows = slice(first * self._channels, last * self._channels)
+        y = mx.addmm(self.qkv.bias[rows], x, self.qkv.weight[rows].T)
+        return y.reshape(*x.shape[:-1], last - first, -1, self._head_dim)
+
+
+class SwiGLU(nn.Module):
+    """`w_down(silu(w_gate(x)) * w_up(x))`."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.w_up = nn.Linear(channels, hidden, bias=False)
+        self.w_gate = nn.Linear(channels, hidden, bias=False)
+        self.w_down = nn.Linear(hidden, channels, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.w_down(nn.silu(self.w_gate(x)) * self.w_up(x))
+
+
+class NABlock(nn.Module):
+    """Neighbourhood attention, then an MLP, each normalised beforehand and added to its input.
+
+    Args:
+        channels: Width of the block.
+        kernel: Positions of an attention window.
+        config: Of the decoder.
+    """
+
+    def __init__(self, channels: int, kernel: Stride, config: DiffusionDecoderConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(channels, EPS), nn.RMSNorm(channels, EPS)
+        self.attn = NeighbourhoodAttention(channels, config.head_dim)
+        self._hidden = config.hidden_channels(channels)
+        self.mlp = SwiGLU(channels, self._hidden)
+        self._channels, self._kernel, self._heads = channels, kernel, channels // config.head_dim
+
+    def steps(
+        self,
+        producer: int,
+        modulations: tuple[Modulation, Modulation] | None = None,
+        addend: tuple[Read, Callable[[mx.array], mx.array]] | None = None,
+    ) -> list[Step]:
+        """Keys and values, then the block.
+
+        Args:
+            producer: Number of the step that makes its input.
+            modulations: Of the attention's and of the MLP's input; None for none.
+            addend: What is read and turned into an addend of the block's output; None for nothing.
+        """
+        first, second = modulations or (None, None)
+        c = self._channels
+        attended = Read(producer + 1, Attention(self._kernel))
+        reads = (attended, Read(producer, Same()), *([addend[0]] if addend else []))
+        attention = 4 * c * attention_keys(self._kernel)
+        return [
+            Step(
+                partial(self._keys, modulation=first),
+                self._keys_taken,
+                (Read(producer, Same()),),
+                2 * c,
+                4 * c * c,
+            ),
+            Step(
+                partial(self._block, modulations=(first, second), add=addend and addend[1]),
+                self._block_taken,
+                reads,
+                c,
+                4 * c * c + attention + 6 * c * self._hidden + (2 * c * c if addend else 0),
+            ),
+        ]
+
+    def _keys(self, inputs: Inputs, where: Where, modulation: Modulation | None) -> mx.array:
+        def compute(part: Region) -> mx.array:
+            x = inputs[0][:, part.time.inside(where.output.time)]
+            kv = self.attn.keys_and_values(modulated(self.norm1(x), modulation), part)
+            return kv.reshape(*x.shape[:-1], -1)
+
+        return by_frames(compute, where.output, self._frames_at_once(where))
+
+    def _keys_taken(self, where: Where) -> Taken:
+        made, few = self._positions(where, self._frames_at_once(where))
+        c, size = self._channels, where.dtype.size
+        kept = 2 * c * size * made * (2 if few < made else 1)
+        return Taken(kept + few * c * (6 * size + 16), 2 * c * made)
+
+    def _block(
+        self,
+        inputs: Inputs,
+        where: Where,
+        modulations: tuple[Modulation | None, Modulation | None],
+        add: Callable[[mx.array], mx.array] | None,
+    ) -> mx.array:
+        kv = inputs[0].reshape(*inputs[0].shape[:-1], 2, self._heads, -1)
+
+        def compute(part: Region) -> mx.array:
+            frames = part.time.inside(where.output.time)
+            x = inputs[1][:, frames]
+            q = self.attn.queries(modulated(self.norm1(x), modulations[0]), part)
+            mx.eval(q)
+            pairs = where.backend.tile_elements
+            a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], pairs)
+            x = x + self.attn.proj(a.reshape(x.shape))
+            mx.eval(x)
+            x = self._with_mlp(x, modulations[1], where)
+            return x if add is None else x + add(inputs[2][:, frames])
+
+        return by_frames(compute, where.output, self._block_frames(where))
+
+    def _with_mlp(self, x: mx.array, modulation: Modulation | None, where: Where) -> mx.array:
+        """x and its MLP, by tiles of positions, of which alone the hidden widths are alive."""
+        positions = x.reshape(-1, self._channels)
+        tile = self._tile(where)
+        done = []
+        for start in range(0, len(positions), tile):
+            part = positions[start : start + tile]
+            done.append(part + self.mlp(modulated(self.norm2(part), modulation)))
+            mx.eval(done[-1])
+        return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
+
+    def _block_taken(self, where: Where) -> Taken:
+        made, few = self._positions(where, self._block_frames(where))
+        c, size = self._channels, where.dtype.size
+        kept = c * size * made * (2 if few < made else 1)
+        queries = few * c * (3 * size + 16)
+        scores = where.backend.attention_bytes(where.backend.tile_elements, size)
+        attending = few * c * 3 * size + scores
+        mixing = few * c * 3 * size + min(few, self._tile(where)) * (3 * self._hidden + 2 * c) * size
+        return Taken(kept + max(queries, attending, mixing), 2 * c * where.batch * where.inputs[0].volume)
+
+    def _block_frames(self, where: Where) -> int:
+        return block_for(self._kernel, tuple(span.length for span in where.output))[0]
+
+    def _frames_at_once(self, where: Where) -> int:
+        area = where.batch * where.output.area * self._channels
+        return min(where.output.time.length, max(1, where.backend.tile_elements // area))
+
+    def _tile(self, where: Where) -> int:
+        return max(1, where.backend.tile_elements // self._hidden)
+
+    @staticmethod
+    def _positions(where: Where, frames: int) -> tuple[int, int]:
+        """Positions of the step's output, and of so many frames of it."""
+        return where.batch * where.output.volume, where.batch * where.output.area * frames
+
+
+class DiffusionNABlock(NABlock):
+    """A block beside which the context enters, modulated by the timestep."""
+
+    def __init__(self, channels: int, kernel: Stride, config: DiffusionDecoderConfig):
+        super().__init__(channels, kernel, config)
+        self.context_proj = nn.Linear(channels, channels)
+        self.scale_shift_table = mx.zeros((MODULATIONS, channels))
+
+    def modulations(self, shared: mx.array) -> tuple[Modulation, Modulation]:
+        """Those of a timestep, of which `shared` (7, C) is what all blocks have in common."""
+        scale1, shift1, _, scale2, shift2, _, _ = shared + self.scale_shift_table
+        return (scale1, shift1), (scale2, shift2)
+
+
+class PixelShuffle(nn.Module):
+    """A linear layer to more channels, which then become positions; the first frame of all is dropped."""
+
+    def __init__(self, channels: int, stride: Stride, divisor: int):
+        super().__init__()
+        self._stride, self._positions = stride, math.prod(stride)
+        self._out = channels * self._positions // divisor
+        self.proj = nn.Linear(channels, self._out)
+        self._operations = 2 * channels * self._out // self._positions
+
+    def step(self, producer: int) -> Step:
+        need = Upsampling(self._stride)
+        return Step(self._shuffled, self._taken, (Read(producer, need),), self._out // self._positions, self._operations)
+
+    def _shuffled(self, inputs: Inputs, where: Where) -> mx.array:
+        y = where.backend.computed(depth_to_space(where.backend.computed(self.proj(inputs[0])), self._stride))
+        return cut(y, upsampled_part(where.inputs[0], where.output, self._stride))
+
+    def _taken(self, where: Where) -> Taken:
+        made = where.batch * where.inputs[0].volume * self._out
+        return Taken(2 * made * where.dtype.size, made)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then two linear layers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mlp = [nn.Linear(TIMESTEP_FEATURES, channels), nn.SiLU(), nn.Linear(channels, channels)]
+
+    def __call__(self, timestep: float) -> mx.array:
+        """A scaled timestep to (channels,)."""
+        first, activation, last = self.mlp
+        features = sinusoid(mx.array([timestep], mx.float32))[0].astype(first.weight.dtype)
+        return last(activation(first(features)))
+
+
+class SharedModulation(nn.Module):
+    """The embedded timestep to seven rows of modulations, common to all blocks."""
+
+    def __init__(self, timestep_channels: int, channels: int):
+        super().__init__()
+        self.proj = nn.Linear(timestep_channels, MODULATIONS * channels)
+
+    def __call__(self, embedding: mx.array) -> mx.array:
+        return self.proj(nn.silu(embedding)).reshape(MODULATIONS, -1)
+
+
+class LinearStep:
+    """A step that maps each position by a layer."""
+
+    def __init__(self, layer: Callable[[mx.array], mx.array], in_channels: int, out_channels: int):
+        self._layer, self._in, self._out = layer, in_channels, out_channels
+
+    def step(self, producer: int, need: Need) -> Step:
+        reads = (Read(producer, need),)
+        return Step(self._compute, self._taken, reads, self._out, 2 * self._in * self._out)
+
+    def _compute(self, inputs: Inputs, where: Where) -> mx.array:
+        return self._layer(inputs[0])
+
+    def _taken(self, where: Where) -> Taken:
+        positions = where.batch * where.output.volume
+        made = positions * self._out
+        return Taken((made + positions * self._in) * where.dtype.size, made)
+
+
+def modulated(x: mx.array, modulation: Modulation | None) -> mx.array:
+    """A normalised input, scaled and shifted if asked to."""
+    return x if modulation is None else x * (1 + modulation[0]) + modulation[1]
+
+
+def by_frames(compute: Callable[[Region], mx.array], region: Region, frames: int) -> mx.array:
+    """The frames of a region, so many at a time, each evaluated before the next."""
+    done = []
+    for part in _parts(region, frames):
+        done.append(compute(part))
+        mx.eval(done[-1])
+    return mx.concatenate(done, axis=1) if len(done) > 1 else done[0]
+
+
+def _parts(region: Region, frames: int) -> Iterator[Region]:
+    for start in range(region.time.start, region.time.stop, frames):
+        yield region.over(start, min(start + frames, region.time.stop))
+
+
+def upsampled_part(coarse: Region, fine: Region, stride: Stride) -> dict[int, slice]:
+    """Where `fine` lies, by axis of an array, in what upsampling `coarse` by the stride makes."""
+    parts = {}
+    for axis, (before, after, factor) in enumerate(zip(coarse, fine, stride, strict=True), start=1):
+        origin = before.start * factor - (factor - 1 if axis == 1 else 0)
+        parts[axis] = slice(after.start - origin, after.stop - origin)
+    return parts
