@@ -4,7 +4,8 @@ from mlx_vae_tiling.checkpoints.hub import fetch_vae
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.media.latents import load_latents
 from mlx_vae_tiling.runtime.memory import memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan, plan_decode
+from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.runtime.run import DecodeReport, decode_frames, decode_to_file
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
 from mlx_vae_tiling.stage.decoding import DecodingStage
@@ -24,7 +25,7 @@ from mlx_vae_tiling.tiling import (
 )
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Window
+from mlx_vae_tiling.vae.regions import Window
 
 __version__ = "0.1.0"
 

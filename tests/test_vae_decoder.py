@@ -15,7 +15,7 @@ from vae_cases import (
 
 from mlx_vae_tiling.tiling import SpatialTilingConfig, TilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Window
+from mlx_vae_tiling.vae.regions import Window
 
 GOOD = (1, 8, 2, 2, 3)
 

@@ -20,7 +20,7 @@ from vae_cases import (
 )
 
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Window
+from mlx_vae_tiling.vae.regions import Window
 
 # Of the range of the whole output, in float32. Measured: 4e-7, as sums of products depend on shapes.
 TOLERANCE = 1e-5

@@ -1,23 +1,21 @@
 """Decoders of every published version for the tests, small, with random or the reference's weights."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.vae import layers
+from mlx_vae_tiling.vae.backend import CPUBackend
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
-from mlx_vae_tiling.vae.streaming import Span, Window
+from mlx_vae_tiling.vae.options import Noise
+from mlx_vae_tiling.vae.regions import Span, Window
 
 VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
 DATA = Path(__file__).parent / "data"
@@ -38,17 +36,22 @@ class ReferenceCase(NamedTuple):
     injected: list[mx.array]
 
 
-class DecoderWithRecordedNoise(VideoDecoder):
-    """Takes the noise of a case instead of drawing it."""
+@dataclass(frozen=True)
+class RecordedNoise(Noise):
+    """The noise of a case instead of that of a seed."""
 
-    def use_noise_of(self, case):
-        self._case = case
+    case: ReferenceCase | None = None
 
-    def _latent_noise(self, seed, shape):
-        return self._case.noise
+    def latents(self, region, batch, channels):
+        spans = (span.slice for span in region)
+        return self.case.noise[(slice(None), slice(None), *spans)]
 
-    def _noise_field(self, seed):
-        return lambda index, height, width: self._case.injected[index]
+    def field(self, number, region, scale):
+        return self.case.injected[number][region.height.slice, region.width.slice]
+
+
+def recorded_noise(case):
+    return RecordedNoise(0, case.latents.shape[3:], case=case)
 
 
 @lru_cache
@@ -83,7 +86,7 @@ def reference_cases(version):
 def reference_decoder(version, dtype=mx.float32):
     """The decoder whose outputs are frozen; its weights are exact in every dtype."""
     tensors, metadata = reference_file(version)
-    decoder = DecoderWithRecordedNoise(reference_config(version))
+    decoder = VideoDecoder(reference_config(version))
     weights = []
     for name, value in tensors.items():
         name = name.removeprefix("decoder.")
@@ -143,21 +146,23 @@ class Convolution(NamedTuple):
     operations: int
 
 
-@contextmanager
-def recorded_convolutions(decoder) -> Iterator[list[Convolution]]:
-    """Records every convolution that runs inside."""
-    kernels = [value for _, value in tree_flatten(decoder.parameters()) if value.ndim == 5]
-    calls: list[Convolution] = []
-    convolve = layers.convolve
+@dataclass(frozen=True)
+class RecordingBackend(CPUBackend):
+    """Records every convolution of a decoder."""
 
-    def spy(x, weight, bias, form=None):
-        y = convolve(x, weight, bias, form)
-        layer = next(index for index, kernel in enumerate(kernels) if kernel is weight)
-        calls.append(Convolution(layer, y.shape, 2 * weight[0].size * y.size))
+    kernels: tuple[mx.array, ...] = ()
+    calls: list[Convolution] = field(default_factory=list, compare=False)
+
+    def convolve(self, x, weight, bias):
+        y = super().convolve(x, weight, bias)
+        layer = next(index for index, kernel in enumerate(self.kernels) if kernel is weight)
+        self.calls.append(Convolution(layer, y.shape, 2 * weight[0].size * y.size))
         return y
 
-    with mock.patch.object(layers, "convolve", spy):
-        yield calls
+
+def recording(decoder):
+    kernels = tuple(value for _, value in tree_flatten(decoder.parameters()) if value.ndim == 5)
+    return RecordingBackend(kernels=kernels)
 
 
 def operations(calls):

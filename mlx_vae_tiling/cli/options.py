@@ -10,7 +10,7 @@ from typing import Any
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.published import PUBLISHED
-from mlx_vae_tiling.vae.streaming import Window
+from mlx_vae_tiling.vae.regions import Window
 
 SOURCE = 'VAE: a file, a directory, owner/name on the Hugging Face Hub, or "demo"'
 """What `load_decoder` takes, for help."""

@@ -12,7 +12,8 @@ from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_t
 from mlx_vae_tiling.cli.printing import plan_fields, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
-from mlx_vae_tiling.runtime.plan import DecodePlan, plan_decode
+from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED

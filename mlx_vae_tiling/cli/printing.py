@@ -14,7 +14,7 @@ from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.run import DecodeReport
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
-from mlx_vae_tiling.vae.streaming import Window
+from mlx_vae_tiling.vae.regions import Window
 
 NAME = "mlx-vae-tiling"
 
@@ -37,8 +37,9 @@ def print_warning(text: str) -> None:
 def plan_fields(plan: DecodePlan) -> dict[str, Any]:
     """The fields of a plan in types that JSON has; slices as [start, stop]."""
     return {
-        **{name: value for name, value in vars(plan).items() if name != "parts"},
-        "output": _bounds(plan.output),
+        **{name: value for name, value in vars(plan).items() if name not in ("parts", "config")},
+        "backend": plan.backend.name,
+        "output": _bounds(plan.output.window),
         "windows": [_bounds(window) for window in plan.windows],
         "tiling": dataclasses.asdict(plan.tiling) if isinstance(plan.tiling, TilingConfig) else plan.tiling,
         "chunk_bytes": plan.chunk_bytes,

@@ -1,42 +1,43 @@
-"""What decoding costs, from the config alone: operations, and memory as counted in the layers' code."""
+"""What a decode costs: the events of its schedule, added up."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.backend import Backend
-from mlx_vae_tiling.vae.config import DecoderConfig, Layer
-from mlx_vae_tiling.vae.streaming import Reach, Region, Span, Window
+from mlx_vae_tiling.runtime.frames import finishing_bytes
+from mlx_vae_tiling.vae.backend import Backend, Taken, Where
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.regions import Region, Span
+from mlx_vae_tiling.vae.schedule import Forget, Pace, frames_per_latent, regions_of, schedule
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A window of the output and the latents that it is decoded from.
+class Part(NamedTuple):
+    """A region of the output, and the latents that it is decoded from as if there were no others."""
 
-    Args:
-        window: The part of the output.
-        latents: Rows and columns of the latents that are decoded as if there were no others; None
-            for all of them, of which only those in the receptive field are used: an exact window.
-    """
+    pixels: Region
+    latents: Region
 
-    window: Window
-    latents: tuple[slice, slice] | None = None
+    @property
+    def exact(self) -> bool:
+        """Whether these are all latents, of which only those in the receptive field are used."""
+        return all(span.length == span.size for span in self.latents)
 
-    def within(self, scale: int) -> Window:
-        """The window, counted from the corner of the latents it is decoded from."""
-        if self.latents is None:
-            return self.window
-        height, width = (
-            span and slice(span.start - cut.start * scale, span.stop - cut.start * scale)
-            for span, cut in zip((self.window.height, self.window.width), self.latents, strict=True)
-        )
-        return replace(self.window, height=height, width=width)
+    @property
+    def inside(self) -> Region:
+        """The region, counted from the corner of the latents that it is decoded from."""
+        time, *space = self.pixels
+        moved = []
+        for pixels, latents in zip(space, self.latents[1:], strict=True):
+            scale = pixels.size // latents.size
+            origin = latents.start * scale
+            moved.append(Span(pixels.start - origin, pixels.stop - origin, latents.length * scale))
+        return Region(time, *moved)
 
 
 class Cost(NamedTuple):
@@ -51,60 +52,71 @@ class Cost(NamedTuple):
         return self.state + self.chunk
 
 
-@dataclass(frozen=True)
+class Chunk(NamedTuple):
+    """Frames of a step that are computed at once, for all chunks with as many frames in and out."""
+
+    step: int
+    start: int
+    stop: int
+
+
+class Trace(NamedTuple):
+    """What a schedule holds, in frames of every step, each combination once.
+
+    Attributes:
+        chunks: What is computed.
+        computing: Before a chunk is computed: its index in `chunks`, then the frames of every step.
+        copying: While frames that stay are copied out of those that go.
+        between: Between two pieces of the output.
+    """
+
+    chunks: Sequence[Chunk]
+    computing: Counts
+    copying: Counts
+    between: Counts
+
+
 class CostModel:
     """What decoding latents of one shape costs.
 
     Args:
-        config: The architecture.
+        decoder: The decoder; its weights are not looked at.
         latent_shape: (B, C, F, H, W).
-        dtype: Of weights and latents.
+        dtype: Of weights, activations and frames.
         backend: Where it runs.
-        reach: Frames before and after that each convolution sees.
+        causal: Overrides the config's.
     """
 
-    config: DecoderConfig
-    latent_shape: tuple[int, ...]
-    dtype: mx.Dtype
-    backend: Backend
-    reach: Reach
+    def __init__(
+        self,
+        decoder: StreamingDecoder,
+        latent_shape: tuple[int, ...],
+        dtype: mx.Dtype,
+        backend: Backend,
+        causal: bool | None = None,
+    ):
+        self.decoder, self.latent_shape, self.dtype, self.backend = decoder, latent_shape, dtype, backend
+        self.options = decoder.options(causal=causal)
+        self.steps = decoder.steps(self.options, dtype)
+        scale, size, some = frames_per_latent(self.steps)[-1], 2**20, Span(0, 1, 1)
+        middle = Span(size // 2, size // 2 + 1, scale * (size - 1) + 1)
+        self._lag = regions_of(self.steps, Region(middle, some, some))[0].time.length
+        self._traces: dict[Hashable, Trace] = {}
+        self._costs: dict[Hashable, Cost] = {}
 
     @property
     def weight_bytes(self) -> int:
-        return self.config.parameters * self.dtype.size
-
-    def pixels(self, window: Window) -> Region:
-        t, s = self.config.temporal_scale, self.config.spatial_scale
-        return window.region(
-            t * (self.latent_shape[2] - 1) + 1, s * self.latent_shape[3], s * self.latent_shape[4]
-        )
-
-    def regions(self, pixels: Region) -> list[tuple[Region, Region]]:
-        """Of each layer, the regions that its convolution reads and computes."""
-        p = self.config.patch_size
-        region = Region(
-            pixels.time, pixels.height.before_upsampling(p, 0), pixels.width.before_upsampling(p, 0)
-        )
-        found = []
-        for layer in reversed(list(self.config.layers())):
-            computed = region.before_upsampling(layer.stride)
-            region = computed.before_convolution(self.reach)
-            found.append((region, computed))
-        return found[::-1]
-
-    def part_regions(self, part: Part) -> list[tuple[Region, Region]]:
-        model = self
-        if part.latents is not None:
-            size = (cut.stop - cut.start for cut in part.latents)
-            model = replace(self, latent_shape=(*self.latent_shape[:3], *size))
-        return model.regions(model.pixels(part.within(self.config.spatial_scale)))
+        return self.decoder.config.parameters * self.dtype.size
 
     def operations(self, part: Part) -> int:
-        """Multiplications and additions of all convolutions."""
-        return self.latent_shape[0] * sum(
-            54 * layer.in_channels * layer.out_channels * computed.volume
-            for layer, (_, computed) in zip(self.config.layers(), self.part_regions(part), strict=True)
-        )
+        """Multiplications and additions of all steps."""
+        regions = regions_of(self.steps, part.inside)
+        pairs = zip(self.steps, regions, strict=True)
+        return self.latent_shape[0] * sum(step.operations * region.volume for step, region in pairs)
+
+    def latents_before(self, pixels: Region) -> Region:
+        """The latents that a region of the output depends on."""
+        return regions_of(self.steps, pixels)[0]
 
     def cost(self, part: Part, step: int, cap: int | None) -> Cost:
         """Memory of a stream besides the weights.
@@ -114,115 +126,84 @@ class CostModel:
             step: Latent frames per step.
             cap: Most frames of a chunk in any layer; None for no bound.
         """
-        regions = self.part_regions(part)
-        layers = tuple(self.config.layers())
-        played = play(layers, tuple((read.time, made.time) for read, made in regions), self.reach, step, cap)
-        size = self.dtype.size * self.latent_shape[0]
-        kept = np.array(
-            [
-                size * layer.in_channels * source.height.length * source.width.length
-                for layer, (source, _) in zip(layers, regions, strict=True)
-            ]
+        regions = regions_of(self.steps, self._shortened(part.inside, step))
+        times = tuple(region.time for region in regions)
+        sides = tuple((region.height.length, region.width.length) for region in regions)
+        key = times, sides, step, cap
+        if key not in self._costs:
+            self._costs[key] = self._cost(regions, self._trace(times, step, cap))
+        return self._costs[key]
+
+    def _cost(self, regions: Sequence[Region], trace: Trace) -> Cost:
+        batch, itemsize = self.latent_shape[0], self.dtype.size
+        frame = np.array(
+            [batch * itemsize * s.channels * r.area for s, r in zip(self.steps, regions, strict=True)], np.int64
         )
-        chunks = {chunk: self._chunk(chunk, layers, regions) for chunk in set(played.chunks)}
-        used = played.held @ kept + [chunks[chunk][0] for chunk in played.chunks]
-        state = int((played.between @ kept).max())
-        latents = 4 * math.prod(self.latent_shape)
-        elements = max(elements for _, elements in chunks.values())
-        return Cost(state + latents, int(used.max()) - state, elements)
+        taken = [self._taken(chunk, regions) for chunk in trace.chunks]
+        most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]
+        at_once = [int((trace.computing[:, 1:] @ frame + most).max())]
+        if len(trace.copying):
+            at_once.append(int((trace.copying @ frame).max()))
+        state = int((trace.between @ frame).max())
+        piece = max(chunk.stop - chunk.start for chunk in trace.chunks if chunk.step == len(self.steps) - 1)
+        finishing = finishing_bytes(int(frame[-1]) // itemsize)
+        at_once.append(state + int(frame[-1]) * piece + finishing)
+        ahead = self.backend.pieces_ahead * int(frame[-1]) * piece
+        return Cost(state, max(at_once) + ahead - state, max(elements for _, elements in taken))
 
-    def _chunk(
-        self, chunk: tuple[int, int], layers: tuple[Layer, ...], regions: list[tuple[Region, Region]]
-    ) -> tuple[int, int]:
-        """Bytes that computing a chunk takes besides its input, and elements of the largest array."""
-        (index, frames), batch, size = chunk, self.latent_shape[0], self.dtype.size
-        layer, (source, computed) = layers[index], regions[index]
-        height, width = computed.height.length, computed.width.length
-        seen = batch * (frames + 2) * layer.in_channels
-        activated = seen * source.height.length * source.width.length
-        if index == 0 or layer.stride != (1, 1, 1):
-            activated = 0
-        padded = seen * (height + 2) * (width + 2)
-        made = batch * frames * height * width * layer.out_channels
-        if self.backend != "cpu":
-            # Everything between two evaluations, with copies of input and output for the folded form.
-            return size * (2 * activated + 2 * padded + 3 * made), max(padded, made)
-        convolving = size * (activated + padded) + 4 * made
-        settling = size * activated + 4 * made
-        if size < 4:
-            # The CPU computes in float32, on copies of input and weights.
-            convolving += 4 * padded + 4 * 27 * layer.in_channels * layer.out_channels
-            settling += size * made
-        if layer.stride != (1, 1, 1):
-            settling = max(settling, 3 * size * made)
-        elif index == len(layers) - 1:
-            # Its input gone, it is unpatchified, then checked and rounded frame by frame in float32.
-            gone = size * batch * frames * layer.in_channels * source.height.length * source.width.length
-            settling = max(settling, size * made + max(size * made, 10 * made // frames) - gone)
-        return max(convolving, settling), max(padded, made)
+    def _taken(self, chunk: Chunk, regions: Sequence[Region]) -> Taken:
+        step, output = self.steps[chunk.step], regions[chunk.step].over(chunk.start, chunk.stop)
+        inputs = tuple(need.before(output) for _, need in step.reads)
+        return step.taken(Where(inputs, output, self.latent_shape[0], self.dtype, self.backend))
 
+    def _shortened(self, pixels: Region, step: int) -> Region:
+        """The region with fewer frames, of which a stream has the same chunks.
 
-class Played(NamedTuple):
-    """What a stream holds: frames by layer as each chunk is computed (layer, frames), and between pieces."""
+        Once every step runs, a stream repeats itself with every `step` latent frames. So those in the
+        middle of a long video are left out.
+        """
+        scale = frames_per_latent(self.steps)[-1]
+        latents = regions_of(self.steps, pixels)[0].time
+        filled = 2 * self._lag + 4 * step
+        surplus = max(latents.length - filled, 0) // step * step * scale
+        time = pixels.time
+        return pixels._replace(time=Span(time.start, time.stop - surplus, time.size - surplus))
 
-    chunks: tuple[tuple[int, int], ...]
-    held: np.ndarray[Any, np.dtype[Any]]
-    between: np.ndarray[Any, np.dtype[Any]]
+    def _trace(self, times: tuple[Span, ...], step: int, cap: int | None) -> Trace:
+        key = times, step, cap
+        if key not in self._traces:
+            self._traces[key] = self._traced(*key)
+        return self._traces[key]
 
-
-@lru_cache(maxsize=256)
-def play(
-    layers: tuple[Layer, ...], times: tuple[tuple[Span, Span], ...], reach: Reach, step: int, cap: int | None
-) -> Played:
-    """Plays the queues of a stream with numbers of frames in place of frames.
-
-    Args:
-        layers: The convolutions.
-        times: Frames that each of them reads and computes.
-        reach: Frames before and after that each of them sees.
-        step, cap: As `CostModel.cost`.
-    """
-    count = len(layers)
-    scales = np.cumprod([1, *(layer.stride[0] for layer in layers)]).tolist()
-    limits = [min(step * scale, cap or step * scale) for scale in scales]
-    plain = [0 < i < count - 1 and layer.stride == (1, 1, 1) for i, layer in enumerate(layers)]
-    # Of a residual block's two convolutions, the first one's input is kept for the skip of the second.
-    second = [plain[i] and sum(plain[:i]) % 2 == 1 for i in range(count)]
-    held, start, following = [0] * count, [read.start for read, _ in times], [made.start for _, made in times]
-    chunks, between = set(), set()
-
-    def release(i: int, wanted: int) -> None:
-        read, made = times[i]
-        first = read.stop if following[i] == made.stop else following[i] - reach[0]
-        surplus = min(max(min(first, wanted) - start[i], 0), held[i])
-        held[i] -= surplus
-        start[i] += surplus
-
-    def append(i: int, frames: int) -> None:
-        held[i] += frames
-        read, made = times[i]
-        received = start[i] + held[i]
-        known = made.stop if received == read.stop else min(received - reach[1], made.stop)
-        while (begin := following[i]) < known:
-            end = following[i] = min(known, begin + limits[i])
-            chunks.add(((i, end - begin), tuple(held)))
-            if second[i] or not plain[i]:
-                release(i, end)
-            if second[i]:
-                release(i - 1, end)
-            if i + 1 == count:
-                between.add(tuple(held))
+    def _traced(self, times: tuple[Span, ...], step: int, cap: int | None) -> Trace:
+        """Runs a schedule with numbers of frames in place of frames."""
+        count = len(self.steps)
+        held, start = [0] * count, [span.start for span in times]
+        numbers: dict[tuple[int, ...], int] = {}
+        chunks: list[Chunk] = []
+        computing: set[tuple[int, ...]] = set()
+        copying: set[tuple[int, ...]] = set()
+        between: set[tuple[int, ...]] = {tuple(held)}
+        emitted = False
+        for event in schedule(self.steps, times, Pace(step, cap)):
+            number = event.step
+            if isinstance(event, Forget):
+                kept = start[number] + held[number] - event.before
+                if kept:
+                    # For a moment what is kept is there twice.
+                    copying.add((*held[:number], held[number] + kept, *held[number + 1 :]))
+                held[number], start[number] = kept, event.before
                 continue
-            stride, following_read = layers[i].stride[0], times[i + 1][0]
-            bounds = (stride * x - stride + 1 for x in (begin, end))
-            low, high = (min(max(x, following_read.start), following_read.stop) for x in bounds)
-            if high > low:
-                append(i + 1, high - low)
-
-    read = times[0][0]
-    for begin in range(read.start, read.stop, step):
-        append(0, min(step, read.stop - begin))
-    ordered = list(chunks)
-    return Played(
-        tuple(chunk for chunk, _ in ordered), np.array([h for _, h in ordered]), np.array(list(between))
-    )
+            if emitted:
+                between.add(tuple(held))
+            output = times[number]._replace(start=event.start, stop=event.stop)
+            seen = (need.along(0, output).length for _, need in self.steps[number].reads)
+            kind = (number, output.length, *seen)
+            if kind not in numbers:
+                numbers[kind] = len(chunks)
+                chunks.append(Chunk(*event))
+            computing.add((numbers[kind], *held))
+            emitted = number == count - 1
+            held[number] += 0 if emitted else output.length
+        rows = (np.array(list(found), np.int64) for found in (computing, copying, between))
+        return Trace(chunks, *rows)

@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from numbers import Real
 
 import mlx.core as mx
@@ -127,11 +128,38 @@ def memory_limits(
         8000000000
     """
     limit = memory_budget(memory)
-    with contextlib.ExitStack() as restored:
-        settings = [(mx.set_memory_limit, limit)]
-        settings.append((mx.set_cache_limit, limit // 8 if cache is None else parse_bytes(cache)))
-        if wired is not None and mx.metal.is_available():
-            settings.append((mx.set_wired_limit, parse_bytes(wired)))
-        for set_limit, value in settings:
-            restored.callback(set_limit, set_limit(value))
+    wanted = {mx.set_memory_limit: limit}
+    wanted[mx.set_cache_limit] = limit // 8 if cache is None else parse_bytes(cache)
+    if wired is not None and mx.metal.is_available():
+        wanted[mx.set_wired_limit] = parse_bytes(wired)
+    scope = _Scope()
+    try:
+        for set_limit, value in wanted.items():
+            scope.enter(set_limit, value)
         yield limit
+    finally:
+        scope.leave()
+
+
+Setter = Callable[[int], int]
+
+_lock = threading.Lock()
+_scopes: dict[Setter, list[tuple[object, int]]] = {}
+"""Of each limit of the process, who has set it to what, the oldest first; the first entry is the original."""
+
+
+class _Scope:
+    """One use of `memory_limits`. Scopes may end in any order: the youngest that is left prevails."""
+
+    def enter(self, set_limit: Setter, value: int) -> None:
+        with _lock:
+            before = set_limit(value)
+            _scopes.setdefault(set_limit, [(None, before)]).append((self, value))
+
+    def leave(self) -> None:
+        with _lock:
+            for set_limit in list(_scopes):
+                left = _scopes[set_limit] = [entry for entry in _scopes[set_limit] if entry[0] is not self]
+                set_limit(left[-1][1])
+                if len(left) == 1:
+                    del _scopes[set_limit]

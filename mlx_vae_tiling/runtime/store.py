@@ -17,11 +17,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.streaming import Window
-
-Frames = np.ndarray[Any, np.dtype[Any]]
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.regions import Region, Span
 
 
 class FrameStore:
@@ -50,9 +49,7 @@ class FrameStore:
     ):
         self.folder, self.parts, self.done = folder, parts, done
         self._shape, self._dtype, self._fingerprint = shape, dtype, fingerprint
-        first = parts[0].window
-        assert first.frames and first.height and first.width
-        self._origin = first.frames.start, first.height.start, first.width.start
+        self._corner = parts[0].pixels.height.start, parts[0].pixels.width.start
         self._file = os.open(folder / "frames", os.O_RDWR | os.O_CREAT, 0o644)
 
     @classmethod
@@ -115,9 +112,8 @@ class FrameStore:
 
     def append(self, part: int, frames: Frames) -> None:
         """Adds finished frames (f, h, w, 3) of a part."""
-        window = self.parts[part].window
-        assert window.height and window.width
-        top, left = window.height.start - self._origin[1], window.width.start - self._origin[2]
+        _, rows, columns = self.parts[part].pixels
+        top, left = rows.start - self._corner[0], columns.start - self._corner[1]
         _, height, width, _ = self._shape
         pixel = 3 * self._dtype.itemsize
         for index, frame in enumerate(np.ascontiguousarray(frames), self.done[part]):
@@ -145,7 +141,7 @@ class FrameStore:
         journal = {
             "fingerprint": self._fingerprint,
             "shape": self._shape,
-            "parts": [_write_part(part) for part in self.parts],
+            "parts": self.parts,
             "done": self.done,
         }
         fresh = self.folder / "journal.json.new"
@@ -153,13 +149,11 @@ class FrameStore:
         os.replace(fresh, self.folder / "journal.json")
 
 
-def fingerprint_of(decoder: VideoDecoder, latents: mx.array, **settings: object) -> dict[str, str]:
+def fingerprint_of(decoder: StreamingDecoder, latents: mx.array, **settings: object) -> dict[str, str]:
     """Hashes of what decides the frames of a decode, by name."""
     weights = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(decoder.parameters())).items()):
         weights.update(name.encode() + _hash(value))
-    defaults = {"timestep": decoder.decode_timestep, "noise_scale": decoder.decode_noise_scale}
-    settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
     return {
         "latents": _hash(latents).hex(),
         "latent dtype": str(latents.dtype),
@@ -182,15 +176,9 @@ def _write_all(file: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _write_part(part: Part) -> list[list[int] | None]:
-    window = part.window
-    slices = (window.frames, window.height, window.width, *(part.latents or (None, None)))
-    return [None if s is None else [s.start, s.stop] for s in slices]
-
-
-def _read_part(bounds: list[list[int] | None]) -> Part:
-    frames, height, width, rows, columns = (None if b is None else slice(*b) for b in bounds)
-    return Part(Window(frames, height, width), None if rows is None or columns is None else (rows, columns))
+def _read_part(spans: list[list[list[int]]]) -> Part:
+    pixels, latents = (Region(*(Span(*map(int, span)) for span in box)) for box in spans)
+    return Part(pixels, latents)
 
 
 def finished_share(folder: Path) -> float | None:

@@ -12,7 +12,8 @@ from mlx.utils import tree_map_with_path
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
-from mlx_vae_tiling.runtime.plan import plan_decode
+from mlx_vae_tiling.runtime.planner import plan_decode
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,
@@ -22,7 +23,7 @@ from mlx_vae_tiling.stage.arguments import (
     precision_of,
 )
 from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, describe, without_nan
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
 
 
 class DecodingStage:
@@ -139,11 +140,11 @@ class DecodingStage:
         precision, autocast = precision_of(args), not option(args, "disable_autocast", DecodingArgs)
         given = latents if isinstance(latents, mx.array) else mx.array(latents)
         latents = _unscaled(given, self.vae).astype(precision or given.dtype)
-        if autocast and precision and isinstance(self.vae, VideoDecoder) and self.vae.dtype != precision:
+        if autocast and precision and isinstance(self.vae, StreamingDecoder) and self.vae.dtype != precision:
             _cast_weights(self.vae, precision)
         config = option(args, "pipeline_config", DecodingArgs)
         tiling = option(config, "vae_tiling", PipelineConfig)
-        if tiling and isinstance(self.vae, VideoDecoder):
+        if tiling and isinstance(self.vae, StreamingDecoder):
             return _decode_planned(self.vae, latents, option(args, "memory_limit", DecodingArgs))
         if tiling and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
@@ -219,7 +220,7 @@ def _per_channel(name: str, factor: Any, channels: int) -> mx.array:
     return values.reshape(1, -1, 1, 1, 1)
 
 
-def _cast_weights(decoder: VideoDecoder, dtype: mx.Dtype) -> None:
+def _cast_weights(decoder: StreamingDecoder, dtype: mx.Dtype) -> None:
     """In place, all but the statistics of the latents, which are as they were stored."""
 
     def cast(name: str, value: mx.array) -> mx.array:
@@ -229,7 +230,8 @@ def _cast_weights(decoder: VideoDecoder, dtype: mx.Dtype) -> None:
     mx.eval(decoder.parameters())
 
 
-def _decode_planned(decoder: VideoDecoder, latents: mx.array, memory_limit: Any) -> mx.array:
+def _decode_planned(decoder: StreamingDecoder, latents: mx.array, memory_limit: Any) -> mx.array:
+    """Every frame of every part of a plan, written to its place in the video."""
     budget, shape = memory_budget(memory_limit), decoder.output_shape(latents.shape)
     frame_bytes = 4 * int(np.prod(shape, dtype=np.int64))
     plan = plan_decode(decoder, latents.shape, memory_limit=max(budget - frame_bytes, 1))
@@ -239,22 +241,16 @@ def _decode_planned(decoder: VideoDecoder, latents: mx.array, memory_limit: Any)
             f"and the frames {format_bytes(frame_bytes)}: raise args.memory_limit, or use decode_to_file, "
             "which does not hold the frames"
         )
+    job = Job.prepare(decoder, latents, decoder.options(), "unit", plan)
     video, view = _new_video(shape)
-    for window in plan.windows:
-        start = 0
-        for piece in decoder.stream(
-            latents,
-            window=window,
-            latent_frames_per_step=plan.latent_frames_per_step,
-            max_chunk_frames=plan.max_chunk_frames,
-        ):
-            stop = start + piece.shape[2]
-            rows, columns = window.height or slice(None), window.width or slice(None)
-            _write(view[:, :, start:stop, rows, columns], piece)
+    for part in plan.parts:
+        start, (time, rows, columns) = 0, part.pixels
+        for frames in job.decode(part):
+            stop = start + frames.shape[2]
+            view[:, :, start:stop, rows.slice, columns.slice] = frames
             start = stop
-            del piece
-        if start != shape[2]:
-            raise RuntimeError(f"a window must have {shape[2]} frames, got {start}")
+        if start != time.length:
+            raise RuntimeError(f"a window must have {time.length} frames, got {start}")
     return video
 
 

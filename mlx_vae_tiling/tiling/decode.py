@@ -69,7 +69,8 @@ def iter_decode_with_tiling(
         options["chunked_conv"] = True
     decode = functools.partial(decoder_fn, **_accepted(decoder_fn, options))
     plan = plan_tiles(latents.shape, tiling_config or TilingConfig(), spatial_scale, temporal_scale)
-    decode_tile = functools.partial(_decode_tile, decode, latents, debug)
+    placed = "position" in _accepted(decoder_fn, {"position": None}, by_name=True)
+    decode_tile = functools.partial(_decode_tile, decode, latents, debug, placed)
     one_tile = all(len(axis) == 1 for axis in plan)
     pieces = map(decode_tile, *plan) if one_tile else _decode_groups(decode_tile, plan)
     return _finish(pieces, latents.dtype, on_frames_ready)
@@ -142,13 +143,16 @@ def decode_with_tiling(
     return video
 
 
-def _accepted(decoder_fn: Callable[..., mx.array], options: dict[str, Any]) -> dict[str, Any]:
+def _accepted(
+    decoder_fn: Callable[..., mx.array], options: dict[str, Any], by_name: bool = False
+) -> dict[str, Any]:
+    """The options that a function takes: by name, or also by `**`."""
     try:
         parameters = inspect.signature(decoder_fn).parameters.values()
     except (TypeError, ValueError):
         return {}
     bound = decoder_fn.keywords if isinstance(decoder_fn, functools.partial) else {}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_any = not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {k: v for k, v in options.items() if (takes_any or k in names) and k not in bound}
 
@@ -203,16 +207,18 @@ def _accumulate(group: list[mx.array], tile: mx.array, rows: slice, columns: sli
 
 
 def _decode_tile(
-    decode: Callable[[mx.array], mx.array],
+    decode: Callable[..., mx.array],
     latents: mx.array,
     debug: bool,
+    placed: bool,
     time: AxisTile,
     rows: AxisTile,
     columns: AxisTile,
     channels: int | None = None,
 ) -> mx.array:
     tile = latents[:, :, time.latents, rows.latents, columns.latents]
-    decoded = decode(tile)
+    position = tuple(axis.latents.start for axis in (time, rows, columns))
+    decoded = decode(tile, position=position) if placed else decode(tile)
     if channels is None:
         channels = decoded.shape[1] if decoded.ndim == 5 else 3
     sizes = (axis.output.stop - axis.output.start for axis in (time, rows, columns))

@@ -1,6 +1,7 @@
 """Plans blended tiles: which latents each one takes, where its output goes, and with what weights."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -67,6 +68,29 @@ def plan_tiles(
         _plan_axis(rows, map_spatial_slice, spatial_scale),
         _plan_axis(columns, map_spatial_slice, spatial_scale),
     )
+
+
+def blending_bytes(plan: TilePlan, planes: int, itemsize: int, decoding_bytes: int) -> int:
+    """The most that `iter_decode_with_tiling`, its decoder and the consumer of a piece hold at once.
+
+    Args:
+        plan: The tiles.
+        planes: Batch times channels of the output.
+        itemsize: Bytes per value of what the decoder returns.
+        decoding_bytes: What decoding the largest tile takes.
+    """
+    frames, rows, columns = (max(tile.output.stop - tile.output.start for tile in axis) for axis in plan)
+    frame = 4 * planes * plan.rows[-1].output.stop * plan.columns[-1].output.stop
+    tile, group = 4 * planes * frames * rows * columns, frame * frames
+    carry = frame * max((max(a.output.stop - b.output.start, 0) for a, b in pairwise(plan.frames)), default=0)
+    waiting = group if len(plan.rows) * len(plan.columns) > 1 else carry
+    # In half precision a tile is there twice before it is converted to float32.
+    decoding = max(decoding_bytes, 2 * tile)
+    blending = group + carry + tile if sum(map(len, plan)) > 3 else 0
+    starts = [*(tile.output.start for tile in plan.frames), plan.frames[-1].output.stop]
+    piece = frame * max(stop - start for start, stop in pairwise(starts))
+    converting = piece + piece // 2 * (itemsize < 4) + carry + 3 * frame
+    return max(waiting + decoding, blending, converting)
 
 
 def _in_latents(name: str, value: int, scale: int) -> int:

@@ -6,6 +6,7 @@ when, and says, beside each, how much memory that takes.
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -76,13 +77,9 @@ class Backend:
         return 1
 
     @property
-    def tile_elements(self) -> int:
-        """Elements of the widest array that transformer layers compute at once, where they work by tiles."""
-        return 2**26
-
-    def attention_bytes(self, pairs: int, itemsize: int) -> int:
-        """What attention takes for so many pairs of queries and keys: copies of keys, no matrix of scores."""
-        return itemsize * pairs
+    def longest_evaluation_seconds(self) -> float:
+        """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
+        return 1.0
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.
@@ -130,6 +127,19 @@ class Backend:
         """What depth-to-space takes, with a residual that is tiled `repeats` times, if any."""
         return itemsize * made * (3 if repeats else 2)
 
+    @property
+    def tile_elements(self) -> int:
+        """Elements of the widest array that transformer layers compute at once, where they work by tiles."""
+        return 2**26
+
+    def norm_bytes(self, made: int, itemsize: int) -> int:
+        """What normalising takes, its result included."""
+        return itemsize * made
+
+    def attention_bytes(self, pairs: int, itemsize: int) -> int:
+        """What attention takes for so many pairs of queries and keys: copies of keys, no matrix of scores."""
+        return itemsize * pairs
+
 
 @dataclass(frozen=True)
 class CPUBackend(Backend):
@@ -142,12 +152,8 @@ class CPUBackend(Backend):
         return 0
 
     @property
-    def tile_elements(self) -> int:
-        return 2**22
-
-    def attention_bytes(self, pairs: int, itemsize: int) -> int:
-        """The CPU has no fused attention: scores, masked and normalised, lie in memory."""
-        return (4 + 4 * itemsize) * pairs
+    def longest_evaluation_seconds(self) -> float:
+        return math.inf
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
@@ -176,6 +182,18 @@ class CPUBackend(Backend):
 
     def addition_bytes(self, made: int, itemsize: int) -> int:
         return 0
+
+    @property
+    def tile_elements(self) -> int:
+        return 2**22
+
+    def norm_bytes(self, made: int, itemsize: int) -> int:
+        """In several copies, in float32."""
+        return (8 + itemsize) * made
+
+    def attention_bytes(self, pairs: int, itemsize: int) -> int:
+        """The CPU has no fused attention: scores, masked and normalised, lie in memory."""
+        return (4 + 4 * itemsize) * pairs
 
 
 CPU, METAL, CUDA = CPUBackend(), Backend("metal"), Backend("cuda")

@@ -32,6 +32,8 @@ class Config(Protocol):
     def temporal_scale(self) -> int: ...
     @property
     def spatial_scale(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
 
 
 class StreamingDecoder(nn.Module):
@@ -69,6 +71,11 @@ class StreamingDecoder(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype in which the decoder computes: that of its weights."""
         raise NotImplementedError
+
+    @property
+    def smallest_side(self) -> int:
+        """Height and width in latents that it needs at least."""
+        return 1
 
     def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W').
@@ -111,6 +118,11 @@ class StreamingDecoder(nn.Module):
             raise ValueError(f"latents must have shape (B, {channels}, F, H, W), got {latents.shape}")
         if 0 in latents.shape:
             raise ValueError(f"latents must have no empty axis, got {latents.shape}")
+        if min(latents.shape[3:]) < self.smallest_side:
+            raise ValueError(
+                "a decoder that pads by reflection needs latents at least "
+                f"{self.smallest_side} high and wide, got {latents.shape}"
+            )
         if latents.dtype not in FLOATS:
             raise ValueError(f"latents must be float32, float16 or bfloat16, got {latents.dtype}")
         if len(options.timestep) not in (0, 1, len(latents)):

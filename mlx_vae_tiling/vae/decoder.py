@@ -123,14 +123,10 @@ class VideoDecoder(StreamingDecoder):
         )
         return options if conditioned else replace(options, noise_scale=0.0)
 
-    def check(self, latents: mx.array, options: DecodeOptions) -> None:
-        """Raises a `ValueError` unless these latents can be decoded with these options."""
-        super().check(latents, options)
-        if self.config.spatial_padding_mode == "reflect" and min(latents.shape[3:]) < 2:
-            raise ValueError(
-                "a decoder that pads by reflection needs latents at least 2 high and wide, "
-                f"got {latents.shape}"
-            )
+    @property
+    def smallest_side(self) -> int:
+        """Height and width in latents that it needs at least: a single row has nothing to reflect."""
+        return 2 if self.config.spatial_padding_mode == "reflect" else 1
 
     def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""

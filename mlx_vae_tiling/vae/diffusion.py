@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
 from mlx_vae_tiling.vae.options import DecodeOptions
-from mlx_vae_tiling.vae.regions import Region, Same, Upsampling
+from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import (
     EPS,
@@ -135,8 +134,7 @@ class DiffusionDecoder(StreamingDecoder):
         context = Read(len(steps) - 1, Appended(config.ghost_latent_frames * config.temporal_scale))
         x_t: int | None = None
         for number in range(options.inference_steps):
-            time = 1 - number / options.inference_steps
-            steps += self._denoising(len(steps), context, x_t, time, 1 / options.inference_steps)
+            steps += self._denoising(len(steps), context, x_t, number, options.inference_steps)
             x_t = len(steps) - 1
         unpatched = Upsampling((1, config.patch_size, config.patch_size))
         need = Chained(self._pixel_padding, unpatched)
@@ -145,20 +143,18 @@ class DiffusionDecoder(StreamingDecoder):
         steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
         return steps
 
-    def _denoising(
-        self, first: int, context: Read, x_t: int | None, time: float, dt: float
-    ) -> list[Step]:
-        """One pass of the last stage: from patches of noise, or of the step before, to patches at time - dt.
+    def _denoising(self, first: int, context: Read, x_t: int | None, number: int, count: int) -> list[Step]:
+        """One pass of the last stage: from patches of noise, or of the pass before, to less noisy ones.
 
         Args:
             first: Number of the first of these steps.
             context: How the context is read.
             x_t: Number of the step that makes the patches; None for those of the noise.
-            time: From 1, all noise, to 0.
-            dt: What it advances by.
+            number, count: Which pass of how many this is.
         """
         config = self.config
         width, patch = config.stage_channels[-1], config.out_channels * config.patch_size**2
+        time = 1 - number / count
         shared = self.shared_adaln(self.t_embedder(time * config.timestep_scale_multiplier))
         given = () if x_t is None else (Read(x_t, Same()),)
         steps = [
@@ -167,9 +163,13 @@ class DiffusionDecoder(StreamingDecoder):
         for block, following in zip(self.diff_blocks, [*self.diff_blocks[1:], None], strict=True):
             addend = None if following is None else (context, following.context_proj)
             steps += block.steps(first + len(steps) - 1, block.modulations(shared), addend)
-        reads = (Read(first + len(steps) - 1, Same()), *given)
-        left = partial(self._left, time=time, dt=dt)
-        steps.append(Step(left, self._left_taken, reads, patch, 2 * width * patch))
+        last = Read(first + len(steps) - 1, Same())
+        if number + 1 == count and config.model_output_type == "x0":
+            # The last step ends at what it predicts.
+            steps.append(Step(self._predicted, self._predicted_taken, (last,), patch, 2 * width * patch))
+        else:
+            advance = partial(self._advanced, time=time, dt=1 / count), self._advanced_taken
+            steps.append(Step(*advance, (last, *given), patch, 2 * width * patch))
         return steps
 
     def _prepared(self, inputs: Inputs, where: Where, normalized: bool) -> mx.array:
@@ -193,13 +193,12 @@ class DiffusionDecoder(StreamingDecoder):
 
     def _noise(self, where: Where) -> mx.array:
         """Patches of the noise of a region of patches."""
-        config, output = self.config, where.output
+        config, (time, *space) = self.config, where.output
         p = config.patch_size
-        height, width = (type(span)(*(n * p for n in span)) for span in (output.height, output.width))
+        height, width = (Span(span.start * p, span.stop * p, span.size * p) for span in space)
+        scales = config.temporal_scale, config.spatial_scale
         assert where.noise is not None
-        pixels = where.noise.pixels(
-            Region(output.time, height, width), where.batch, config.out_channels, config.spatial_scale
-        )
+        pixels = where.noise.pixels(Region(time, height, width), where.batch, config.out_channels, scales)
         return patchify(pixels.astype(where.dtype), p)
 
     def _entered(self, inputs: Inputs, where: Where) -> mx.array:
@@ -212,20 +211,29 @@ class DiffusionDecoder(StreamingDecoder):
         noise = positions * patch * (12 if len(where.inputs) == 1 else 0)
         return Taken(noise + positions * (patch + 3 * width) * where.dtype.size, positions * width)
 
-    def _left(self, inputs: Inputs, where: Where, time: float, dt: float) -> mx.array:
-        predicted = self.conv_out(where.backend.computed(self.norm_out(inputs[0])))
-        if time == dt and self.config.model_output_type == "x0":
-            return predicted
+    def _predicted(self, inputs: Inputs, where: Where) -> mx.array:
+        return self.conv_out(where.backend.computed(self.norm_out(inputs[0])))
+
+    def _predicted_taken(self, where: Where) -> Taken:
+        positions = where.batch * where.output.volume
+        patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
+        normed = where.backend.norm_bytes(positions * width, where.dtype.size)
+        return Taken(max(normed, positions * (width + patch) * where.dtype.size), positions * width)
+
+    def _advanced(self, inputs: Inputs, where: Where, time: float, dt: float) -> mx.array:
+        """An Euler step, in float32."""
+        predicted = where.backend.computed(self._predicted(inputs, where))
         x_t = inputs[1] if len(inputs) > 1 else where.backend.computed(self._noise(where))
         x_t, velocity = x_t.astype(mx.float32), predicted.astype(mx.float32)
         if self.config.model_output_type == "x0":
             velocity = (x_t - velocity) / time
         return (x_t - dt * velocity).astype(predicted.dtype)
 
-    def _left_taken(self, where: Where) -> Taken:
-        positions = where.batch * where.output.volume
-        patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
-        return Taken(positions * (4 * 4 * patch + 3 * 4 * width), positions * width)
+    def _advanced_taken(self, where: Where) -> Taken:
+        patch = self.config.out_channels * self.config.patch_size**2
+        advancing = where.batch * where.output.volume * patch * (4 * 4 + 2 * where.dtype.size)
+        predicting = self._predicted_taken(where)
+        return predicting._replace(nbytes=max(predicting.nbytes, advancing))
 
     def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""

@@ -59,6 +59,11 @@ class Region(NamedTuple):
         """Positions of one frame."""
         return self.height.length * self.width.length
 
+    @property
+    def window(self) -> Window:
+        """The same as slices."""
+        return Window(*(span.slice for span in self))
+
     def over(self, start: int, stop: int) -> Region:
         """The same rows and columns of the frames start to stop - 1."""
         return self._replace(time=self.time._replace(start=start, stop=stop))

@@ -1,0 +1,240 @@
+"""`plan_decode`: the fewest windows and the largest chunks that fit into a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import mlx.core as mx
+
+from mlx_vae_tiling.dtypes import parse_dtype
+from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
+from mlx_vae_tiling.runtime.memory import memory_budget
+from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.tiling import TilingConfig
+from mlx_vae_tiling.tiling.plan import blending_bytes, plan_tiles
+from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.regions import Region, Span, Window
+
+ARRAY_ELEMENTS = 2**31
+"""Kernels index with 32 bits; past it they fail without a word."""
+
+MEMORY = "the memory limit"
+"""What limits the chunks where memory does."""
+
+SATURATING_POSITIONS = 1024
+"""Latent positions per step beyond which a larger chunk is not expected to be faster."""
+
+MOST_WINDOWS = 64
+"""More would repeat most of their work; who has so little memory is told what is needed."""
+
+
+def plan_decode(
+    decoder: StreamingDecoder | DecoderConfig,
+    latent_shape: tuple[int, ...],
+    *,
+    memory_limit: int | float | str | None = None,
+    dtype: mx.Dtype | str | None = None,
+    backend: Backend | str | None = None,
+    tiling: TilingConfig | int | None = None,
+    window: Window | None = None,
+    causal: bool | None = None,
+    parts: tuple[Part, ...] | None = None,
+) -> DecodePlan:
+    """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
+
+    Args:
+        decoder: A decoder, or the config of one.
+        latent_shape: (B, C, F, H, W).
+        memory_limit: Bytes, or a string such as "8GB"; by default 70 % of what is available.
+        dtype: Of the weights; by default the decoder's, or bfloat16 for a config.
+        backend: "cpu", "metal", "cuda" or a `Backend`; by default that of the default device.
+        tiling: None for an exact decode; a `TilingConfig` for blended tiles; an integer below the
+            receptive field for windows that see this many latents around them, and no more.
+        window: The part of the output that is wanted; None for all of it.
+        causal: Overrides the config's.
+        parts: Those of an earlier plan for the same window, to be kept.
+
+    Returns:
+        The plan. Where nothing fits, the smallest there is, with `fits` False.
+
+    Raises:
+        ValueError: If the shape or the limit makes no sense.
+    """
+    if isinstance(decoder, DecoderConfig):
+        decoder, dtype = VideoDecoder(decoder), dtype or mx.bfloat16
+    channels = decoder.config.latent_channels
+    if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
+        raise ValueError(
+            f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
+        )
+    dtype = parse_dtype(dtype or decoder.dtype)
+    model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), causal)
+    budget = memory_budget(memory_limit)
+    wanted = (window or Window()).region(*decoder.output_shape(latent_shape)[2:])
+    if isinstance(tiling, TilingConfig):
+        if window is not None:
+            raise ValueError(
+                f"blended tiles decode all of the output, got the window {window}; crop its frames"
+            )
+        return _plan_blended(model, wanted, tiling, budget)
+    if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
+        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
+    parts = parts or _choose_parts(model, wanted, budget, tiling)
+    return _plan_chunks(model, wanted, budget, tiling, parts)
+
+
+def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
+    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames)."""
+    _, _, frames, height, width = model.latent_shape
+    useful = max(1, math.ceil(SATURATING_POSITIONS / (height * width)))
+    step = 2 ** math.ceil(math.log2(useful))
+    if step >= frames:
+        yield frames, None
+    while step >= 1:
+        if step < frames:
+            yield step, None
+        step //= 2
+    cap = model.decoder.config.temporal_scale // 2
+    while cap >= 1:
+        yield 1, cap
+        cap //= 2
+
+
+def _cuts(span: Span, count: int, scale: int) -> list[slice]:
+    """A span of pixels in `count` runs, about even, cut between latents."""
+    inner = [round((span.start + span.length * i / count) / scale) * scale for i in range(1, count)]
+    return [slice(*bounds) for bounds in pairwise([span.start, *inner, span.stop])]
+
+
+def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
+    scale = model.decoder.config.spatial_scale
+    everything = Region(*(Span(0, length, length) for length in model.latent_shape[2:]))
+
+    def around(cut: slice, latents: Span) -> Span:
+        if halo is None:
+            return latents
+        start, stop = cut.start // scale, -(-cut.stop // scale)
+        # What the decoder cannot decode by itself, such as a single row that is reflected, takes more.
+        reach = max(halo, model.decoder.smallest_side - (stop - start))
+        return latents._replace(start=max(start - reach, 0), stop=min(stop + reach, latents.size))
+
+    def part(height: slice, width: slice) -> Part:
+        pixels = wanted._replace(
+            height=wanted.height._replace(start=height.start, stop=height.stop),
+            width=wanted.width._replace(start=width.start, stop=width.stop),
+        )
+        time, *space = everything
+        return Part(pixels, Region(time, around(height, space[0]), around(width, space[1])))
+
+    return tuple(
+        part(height, width)
+        for height in _cuts(wanted.height, rows, scale)
+        for width in _cuts(wanted.width, columns, scale)
+    )
+
+
+def _grids(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Grids of windows over this many latents, the squarest windows of each number."""
+    for count in range(1, min(height * width, MOST_WINDOWS) + 1):
+        pairs = [(r, count // r) for r in range(1, count + 1) if count % r == 0]
+        fitting = [(r, c) for r, c in pairs if r <= height and c <= width]
+        if fitting:
+            yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
+
+
+def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None) -> tuple[Part, ...]:
+    """The fewest windows that fit with the smallest chunks; where none do, those that need least."""
+    scale, smallest = model.decoder.config.spatial_scale, list(_steps(model))[-1]
+    candidates = []
+    for grid in _grids(max(1, wanted.height.length // scale), max(1, wanted.width.length // scale)):
+        parts = _parts(model, wanted, *grid, halo)
+        costs = [model.cost(part, *smallest) for part in parts]
+        most = max(cost.total for cost in costs)
+        if model.weight_bytes + most <= budget and max(c.elements for c in costs) < ARRAY_ELEMENTS:
+            return parts
+        candidates.append((most, parts))
+    return min(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _plan_chunks(
+    model: CostModel, wanted: Region, budget: int, halo: int | None, parts: tuple[Part, ...]
+) -> DecodePlan:
+    """The largest useful chunk with which these windows fit."""
+    steps = list(_steps(model))
+    limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
+    for step, cap in steps:
+        costs = [model.cost(part, step, cap) for part in parts]
+        largest = max(costs, key=lambda cost: cost.total)
+        if max(cost.elements for cost in costs) >= ARRAY_ELEMENTS:
+            limited_by = "2**31 elements per array"
+        elif model.weight_bytes + largest.total > budget:
+            limited_by = MEMORY
+        else:
+            break
+    return _assemble(model, wanted, parts, step, cap, halo, budget, largest, limited_by)
+
+
+def _plan_blended(model: CostModel, wanted: Region, tiling: TilingConfig, budget: int) -> DecodePlan:
+    """Blended tiles: each decoded whole, beside the float32 buffers that it is added to."""
+    config, (batch, _, *size) = model.decoder.config, model.latent_shape
+    tiles = plan_tiles(model.latent_shape, tiling, config.spatial_scale, config.temporal_scale)
+    lengths = [[tile.latents.stop - tile.latents.start for tile in axis] for axis in tiles]
+    largest = [max(axis) for axis in lengths]
+    cost = model.cost(_whole(model, largest), largest[0], None)
+    blending = blending_bytes(tiles, batch * config.out_channels, model.dtype.size, cost.total)
+    operations = sum(
+        model.operations(_whole(model, [t, h, w])) for t in lengths[0] for h in lengths[1] for w in lengths[2]
+    )
+    part = _whole(model, size)
+    chunk = cost._replace(chunk=blending - cost.state)
+    plan = _assemble(model, wanted, (part,), largest[0], None, tiling, budget, chunk, "the tile size")
+    return replace(plan, operations=operations, recompute=operations / plan.operations)
+
+
+def _whole(model: CostModel, size: list[int]) -> Part:
+    """All that latents of this size decode to."""
+    latents = Region(*(Span(0, length, length) for length in size))
+    pixels = model.decoder.output_shape((*model.latent_shape[:2], *size))[2:]
+    return Part(Window().region(*pixels), latents)
+
+
+def _assemble(
+    model: CostModel,
+    wanted: Region,
+    parts: tuple[Part, ...],
+    step: int,
+    cap: int | None,
+    tiling: TilingConfig | int | None,
+    budget: int,
+    largest: Cost,
+    limited_by: str,
+) -> DecodePlan:
+    operations = sum(model.operations(part) for part in parts)
+    at_once = model.operations(Part(wanted, _whole(model, list(model.latent_shape[2:])).latents))
+    first = wanted.over(wanted.time.start, wanted.time.start + 1)
+    return DecodePlan(
+        latent_shape=model.latent_shape,
+        config=model.decoder.config,
+        dtype=str(model.dtype).removeprefix("mlx.core."),
+        causal=model.options.causal,
+        backend=model.backend,
+        output=wanted,
+        parts=parts,
+        latent_frames_per_step=step,
+        max_chunk_frames=cap,
+        tiling=tiling,
+        peak_bytes=model.weight_bytes + largest.total,
+        weight_bytes=model.weight_bytes,
+        state_bytes=largest.state,
+        memory_limit=budget,
+        operations=operations,
+        recompute=operations / at_once,
+        limited_by=limited_by,
+        latents_to_first_frame=model.latents_before(first).time.length,
+    )
