@@ -94,6 +94,7 @@ class StreamingDecoder(nn.Module):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
+        num_inference_steps: int | None = None,
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not.
 
@@ -130,6 +131,18 @@ class StreamingDecoder(nn.Module):
                 f"timestep must be one number or one per batch entry ({len(latents)}), "
                 f"got {len(options.timestep)}"
             )
+
+    def noise(
+        self, latent_shape: tuple[int, ...], options: DecodeOptions, given: Noise | mx.array | None = None
+    ) -> Noise:
+        """The noise of a decode: what is given, or that of the options' seed.
+
+        Raises:
+            ValueError: If an array is given and the decoder has no use for one.
+        """
+        if isinstance(given, mx.array):
+            raise ValueError("noise as an array is for diffusion decoders; this one takes a seed")
+        return given or Noise(options.seed, (latent_shape[3], latent_shape[4]))
 
     def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
         """(B, 3, frames, height, width) of the decode of latents of this shape."""
@@ -188,7 +201,8 @@ class StreamingDecoder(nn.Module):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
-        noise: Noise | None = None,
+        noise: Noise | mx.array | None = None,
+        num_inference_steps: int | None = None,
         max_chunk_frames: int | None = None,
         backend: Backend | str | None = None,
     ) -> Iterator[mx.array]:
@@ -207,7 +221,8 @@ class StreamingDecoder(nn.Module):
             seed: Of the noise, which is drawn for the whole video whatever the window.
             normalized: False for latents that were already multiplied by the channels' standard
                 deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
-            noise: Replaces the noise of the seed.
+            noise: Replaces the noise of the seed; for a diffusion decoder also an array of the frames' shape.
+            num_inference_steps: Of a diffusion decoder; None for its config's.
             max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
             backend: "cpu", "metal", "cuda" or a `Backend`: the policy to run by, by default that of the
                 default device.
@@ -219,9 +234,15 @@ class StreamingDecoder(nn.Module):
             ValueError: If latents, window or options do not fit the decoder.
         """
         options = self.options(
-            causal=causal, timestep=timestep, noise_scale=noise_scale, seed=seed, normalized=normalized
+            causal=causal,
+            timestep=timestep,
+            noise_scale=noise_scale,
+            seed=seed,
+            normalized=normalized,
+            num_inference_steps=num_inference_steps,
         )
         self.check(latents, options)
+        noise = self.noise(latents.shape, options, noise)
         pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
         pace = Pace(latent_frames_per_step, max_chunk_frames)
         return self.run(latents, options, pixels, pace, noise, backend)
@@ -258,7 +279,7 @@ class StreamingDecoder(nn.Module):
         """A stream that nothing was computed of yet; as `run`."""
         steps = self.steps(options, latents.dtype)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
-        noise = noise or Noise(options.seed, (latents.shape[3], latents.shape[4]))
+        noise = self.noise(latents.shape, options, noise)
         return Stream(steps, regions, latents, self.dtype, self.policy(backend), noise)
 
     def policy(self, backend: Backend | str | None = None) -> Backend:

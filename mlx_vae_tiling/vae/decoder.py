@@ -110,8 +110,13 @@ class VideoDecoder(StreamingDecoder):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
+        num_inference_steps: int | None = None,
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not."""
+        if num_inference_steps not in (None, 1):
+            raise ValueError(
+                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for a convolutional one"
+            )
         conditioned = self.config.timestep_conditioning
         given = mx.array(self.decode_timestep if timestep is None else timestep, mx.float32).reshape(-1)
         options = DecodeOptions(

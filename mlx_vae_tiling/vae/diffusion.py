@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from mlx_vae_tiling.vae.decoder import PerChannelStatistics
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import (
@@ -119,6 +120,34 @@ class DiffusionDecoder(StreamingDecoder):
                 )
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         return DecodeOptions(False, (), 0.0, seed, normalized, steps)
+
+    def noise(
+        self, latent_shape: tuple[int, ...], options: DecodeOptions, given: Noise | mx.array | None = None
+    ) -> Noise:
+        """The noise of a decode: an array (B, 3, F', H', W'), or that of the options' seed.
+
+        Where a clip is padded, an array of its own size is surrounded by noise of the seed; an array of the
+        padded size is taken as it is.
+
+        Raises:
+            ValueError: If an array has neither size.
+        """
+        if not isinstance(given, mx.array):
+            return super().noise(latent_shape, options, given)
+        drawn = Noise(options.seed, (latent_shape[3], latent_shape[4]))
+        b, channels, *size = self.output_shape(latent_shape)
+        added = [self._pixel_padding.added(axis, n) for axis, n in enumerate(size)]
+        padded = [before + n + behind for n, (before, behind) in zip(size, added, strict=True)]
+        if given.shape not in ((b, channels, *size), (b, channels, *padded)):
+            raise ValueError(f"noise must have the shape of the frames {(b, channels, *size)}, got {given.shape}")
+        if given.shape != (b, channels, *padded):
+            region = Region(*(Span(0, n, n) for n in padded))
+            scales = self.config.temporal_scale, self.config.spatial_scale
+            inner = tuple(slice(before, before + n) for n, (before, _) in zip(size, added, strict=True))
+            around = drawn.pixels(region, b, channels, scales)
+            around[(slice(None), slice(None), *inner)] = given
+            given = around
+        return dataclasses.replace(drawn, given=given)
 
     def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
