@@ -21,9 +21,6 @@ from mlx_vae_tiling.vae.regions import Region, Span, Stride
 
 ROTARY_BASE = 10000.0
 
-BLOCK_OVERHEAD = 96
-"""Queries whose products with a key take as long as copying the key for their block, on a GPU."""
-
 BLOCK_QUERIES = 512
 """Most queries of a block."""
 
@@ -84,43 +81,49 @@ def blocks_of(span: Span, kernel: int, block: int, aligned: bool) -> tuple[Block
 
 
 @lru_cache(maxsize=1024)
-def block_for(kernel: Stride, queries: Stride) -> Stride:
-    """The size of a block that is expected to be fastest for so many queries along each axis."""
+def block_for(kernel: Stride, queries: Stride, copying: int) -> Stride:
+    """The size of a block that is expected to be fastest.
+
+    Args:
+        kernel: Positions of a window.
+        queries: How many there are along each axis.
+        copying: Queries whose products with a key take as long as copying the key for their block.
+    """
     options = [sorted({min(size, length) for size in (1, 2, 4, 8, 16)}) for length in queries]
 
     def cost(block: Stride) -> float:
         count = math.prod(block)
         keys = math.prod(b + k - 1 for b, k in zip(block, kernel, strict=True))
-        return keys * (count + BLOCK_OVERHEAD) / count if count <= BLOCK_QUERIES else math.inf
+        return keys * (count + copying) / count if count <= BLOCK_QUERIES else math.inf
 
     return min(product(*options), key=lambda block: (cost(block), block))
 
 
-def attention_keys(kernel: Stride) -> int:
-    """Keys that a query is multiplied with in the interior of a large region."""
-    return math.prod(b + k - 1 for b, k in zip(block_for(kernel, (8, 16, 16)), kernel, strict=True))
+def attention_pairs(kernel: Stride, queries: Region, block: Stride) -> int:
+    """Pairs of a query and a key whose product is computed for a region of queries."""
+    sums = [sum(b.count * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries, block)]
+    return math.prod(sums)
 
 
-def _axes(kernel: Stride, queries: Region) -> list[tuple[Blocks, ...]]:
-    block = block_for(kernel, tuple(span.length for span in queries))
+def attention_excess(kernel: Stride, queries: Region, block: Stride) -> float:
+    """Products that are computed over those that are needed."""
+    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
+    return attention_pairs(kernel, queries, block) / math.prod(needed)
+
+
+def _axes(kernel: Stride, queries: Region, block: Stride) -> list[tuple[Blocks, ...]]:
     # In time chunks begin anywhere; in space aligned blocks are the same in every window.
     return [blocks_of(queries[axis], kernel[axis], block[axis], aligned=axis > 0) for axis in range(3)]
 
 
-def attention_pairs(kernel: Stride, queries: Region) -> int:
-    """Pairs of a query and a key whose product is computed for a region of queries."""
-    sums = [sum(b.count * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries)]
-    return math.prod(sums)
-
-
-def attention_excess(kernel: Stride, queries: Region) -> float:
-    """Products that are computed over those that are needed."""
-    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
-    return attention_pairs(kernel, queries) / math.prod(needed)
-
-
 def neighbourhood_attention(
-    q: mx.array, kv: mx.array, kernel: Stride, queries: Region, keys: Region, pairs: int = 2**26
+    q: mx.array,
+    kv: mx.array,
+    kernel: Stride,
+    queries: Region,
+    keys: Region,
+    block: Stride,
+    pairs: int = 2**26,
 ) -> mx.array:
     """Attends from every query to the window of keys around it.
 
@@ -130,6 +133,7 @@ def neighbourhood_attention(
         kernel: Positions of a window along time, height and width. Where the grid is smaller, all of it.
         queries: Where the queries lie in the grid.
         keys: Where the keys lie; at least all that the queries' windows reach.
+        block: Most queries of a block along each axis.
         pairs: Bounds the products of queries and keys of one call, and so the memory that it takes.
 
     Returns:
@@ -137,7 +141,7 @@ def neighbourhood_attention(
     """
     b, *_, heads, width = q.shape
     kv = mx.contiguous(kv)
-    times, rows, columns = _axes(kernel, queries)
+    times, rows, columns = _axes(kernel, queries, block)
     frames = []
     for time in (t.part(i, i + 1) for t in times for i in range(t.count)):
         bands = []

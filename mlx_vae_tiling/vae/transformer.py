@@ -15,13 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.attention import (
-    attention_keys,
     block_for,
     neighbourhood_attention,
     rotary_factors,
     rotated,
 )
-from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.backend import METAL, Taken, Where
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.layers import sinusoid
@@ -109,7 +108,9 @@ class NABlock(nn.Module):
         c = self._channels
         attended = Read(producer + 1, Attention(self._kernel))
         reads = (attended, Read(producer, Same()), *([addend[0]] if addend else []))
-        attention = 4 * c * attention_keys(self._kernel)
+        # Also the products that a block of queries computes because its windows differ.
+        block = block_for(self._kernel, (8, 16, 16), METAL.queries_per_key_copy)
+        attention = 4 * c * math.prod(b + k - 1 for b, k in zip(block, self._kernel, strict=True))
         return [
             Step(
                 partial(self._keys, modulation=first),
@@ -149,20 +150,20 @@ class NABlock(nn.Module):
         add: Callable[[mx.array], mx.array] | None,
     ) -> mx.array:
         kv = inputs[0].reshape(*inputs[0].shape[:-1], 2, self._heads, -1)
+        block, pairs = self._attention_block(where), where.backend.tile_elements
 
         def compute(part: Region) -> mx.array:
             frames = part.time.inside(where.output.time)
             x = inputs[1][:, frames]
             q = self.attn.queries(modulated(self.norm1(x), modulations[0]), part)
             mx.eval(q)
-            pairs = where.backend.tile_elements
-            a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], pairs)
+            a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], block, pairs)
             x = x + self.attn.proj(a.reshape(x.shape))
             mx.eval(x)
             x = self._with_mlp(x, modulations[1], where)
             return x if add is None else x + add(inputs[2][:, frames])
 
-        return by_frames(compute, where.output, self._block_frames(where))
+        return by_frames(compute, where.output, block[0])
 
     def _with_mlp(self, x: mx.array, modulation: Modulation | None, where: Where) -> mx.array:
         """x and its MLP, by tiles of positions, of which alone the hidden widths are alive."""
@@ -176,7 +177,7 @@ class NABlock(nn.Module):
         return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
 
     def _block_taken(self, where: Where) -> Taken:
-        made, few = self._positions(where, self._block_frames(where))
+        made, few = self._positions(where, self._attention_block(where)[0])
         c, size = self._channels, where.dtype.size
         kept = c * size * made * (2 if few < made else 1)
         queries = few * c * (3 * size + 16)
@@ -185,8 +186,9 @@ class NABlock(nn.Module):
         mixing = few * c * 3 * size + min(few, self._tile(where)) * (3 * self._hidden + 2 * c) * size
         return Taken(kept + max(queries, attending, mixing), 2 * c * where.batch * where.inputs[0].volume)
 
-    def _block_frames(self, where: Where) -> int:
-        return block_for(self._kernel, tuple(span.length for span in where.output))[0]
+    def _attention_block(self, where: Where) -> Stride:
+        t, h, w = (span.length for span in where.output)
+        return block_for(self._kernel, (t, h, w), where.backend.queries_per_key_copy)
 
     def _frames_at_once(self, where: Where) -> int:
         area = where.batch * where.output.area * self._channels
