@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
+from mlx_vae_tiling.vae.convolution import WORKSPACE_BYTES, ConvolutionForm, convolve, convolve_frames
 from mlx_vae_tiling.vae.operations import Activation, Padding, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
@@ -127,6 +127,16 @@ class Backend:
         """What depth-to-space takes, with a residual that is tiled `repeats` times, if any."""
         return itemsize * made * (3 if repeats else 2)
 
+    def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
+        """Valid convolution of single frames (B, T, H+2, W+2, C) to (B, T, H, W, O)."""
+        b, t, *size = x.shape
+        y = mx.conv2d(x.reshape(b * t, *size), weight, groups=groups)
+        return y.reshape(b, t, *y.shape[1:])
+
+    def frame_convolution_bytes(self, padded: int, made: int, columns: int, itemsize: int) -> int:
+        """What `convolve_frames` takes, with a padded input; `columns` are those that one row unfolds to."""
+        return itemsize * (padded + 3 * made)
+
     @property
     def tile_elements(self) -> int:
         """Elements of the widest array that transformer layers compute at once, where they work by tiles."""
@@ -187,6 +197,13 @@ class CPUBackend(Backend):
 
     def addition_bytes(self, made: int, itemsize: int) -> int:
         return 0
+
+    def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
+        return convolve_frames(x, weight, groups)
+
+    def frame_convolution_bytes(self, padded: int, made: int, columns: int, itemsize: int) -> int:
+        """With the unfolded rows of a block, in float32."""
+        return itemsize * (padded + 2 * made) + 4 * max(2 * columns, WORKSPACE_BYTES // 2)
 
     @property
     def tile_elements(self) -> int:

@@ -119,6 +119,34 @@ def _multiply_shifts(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: n
             out[n, f, start : start + count] = total[: count * w].reshape(count, w, -1)[:, : w - 2]
 
 
+def convolve_frames(x: mx.array, weight: mx.array, groups: int) -> mx.array:
+    """Valid 3x3 convolution of single frames, by blocks of rows, each evaluated before the next.
+
+    Args:
+        x: (B, T, H+2, W+2, C).
+        weight: (O, 3, 3, C / groups).
+        groups: Into which the channels fall.
+
+    Returns:
+        (B, T, H, W, O) in the dtype of x.
+    """
+    b, t, h, w, c = x.shape
+    rows = max(1, WORKSPACE_BYTES // (4 * 9 * (c // groups) * (w - 2)))
+    # A grouped convolution is a slow loop on the CPU.
+    kernels, inputs = mx.split(weight, groups), mx.split(x.reshape(b * t, h, w, c), groups, axis=-1)
+    frames = []
+    for frame in range(b * t):
+        blocks = []
+        for start in range(0, h - 2, rows):
+            part = slice(start, start + rows + 2)
+            done = [mx.conv2d(i[frame : frame + 1, part], k) for i, k in zip(inputs, kernels, strict=True)]
+            blocks.append(mx.concatenate(done, axis=-1) if groups > 1 else done[0])
+            mx.eval(blocks[-1])
+        frames.append(mx.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0])
+        mx.eval(frames[-1])
+    return mx.concatenate(frames).reshape(b, t, h - 2, w - 2, -1)
+
+
 FORMS: dict[ConvolutionForm, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
     "stock": _stock,
     "folded": _folded,
