@@ -1,42 +1,67 @@
-"""The paths that only a GPU takes, run on the CPU: they give the same frames."""
+"""The policies that only a GPU has, run on the CPU: they give the same frames."""
 
 import mlx.core as mx
 import pytest
 from vae_cases import VERSIONS, joined, random_latents, small_decoder
 
-from mlx_vae_tiling.vae import convolution, decoder, layers
+from mlx_vae_tiling.vae.backend import CPU, CUDA, METAL, backend_of, current_backend
+from mlx_vae_tiling.vae.schedule import Pace
+
+GPUS = [METAL, CUDA]
 
 
-@pytest.fixture(params=["metal", "cuda"])
-def gpu_backend(request, monkeypatch):
-    for module in (convolution, decoder, layers):
-        monkeypatch.setattr(module, "current_backend", lambda: request.param)
-    return request.param
-
-
+@pytest.mark.parametrize("backend", GPUS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_gpu_paths_give_the_same_frames(version, gpu_backend, monkeypatch):
+def test_gpu_policies_give_the_same_frames(version, causal, backend):
     small = small_decoder(version)
     latents = random_latents(small, 1, 3, 2, 3)
-    streamed = joined(small.stream(latents, latent_frames_per_step=1))
-    monkeypatch.undo()
-    whole = small(latents)
+    streamed = joined(small.stream(latents, latent_frames_per_step=1, causal=causal, backend=backend))
+    whole = small(latents, causal=causal)
     assert mx.abs(streamed - whole).max().item() <= 1e-5 * (whole.max() - whole.min()).item()
 
 
-def test_default_forms(gpu_backend):
-    half = "folded" if gpu_backend == "metal" else "stock"
-    assert convolution.default_form(mx.bfloat16) == convolution.default_form(mx.float16) == half
-    assert convolution.default_form(mx.float32) == "stock"
+def test_default_forms():
+    for backend, half in ((METAL, "folded"), (CUDA, "stock")):
+        assert backend.default_form(mx.bfloat16) == backend.default_form(mx.float16) == half
+        assert backend.default_form(mx.float32) == "stock"
 
 
-def test_a_gpu_stream_is_one_piece_ahead(gpu_backend, monkeypatch):
+@pytest.mark.parametrize(("system", "form"), [("Linux", "numpy"), ("Darwin", "blocked")])
+def test_default_form_on_the_cpu(system, form, monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: system)
+    assert all(CPU.default_form(dtype) == form for dtype in (mx.float32, mx.float16, mx.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("device", "metal", "backend"), [(mx.gpu, True, METAL), (mx.gpu, False, CUDA), (mx.cpu, True, CPU)]
+)
+def test_the_default_backend_is_that_of_the_default_device(device, metal, backend, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    assert current_backend() is backend is backend_of(None)
+
+
+def test_backends_by_name():
+    assert [backend_of(name) for name in ("cpu", "metal", "cuda")] == [CPU, METAL, CUDA]
+    with pytest.raises(ValueError, match="backend must be one of cpu, metal, cuda, got 'tpu'"):
+        backend_of("tpu")
+
+
+@pytest.mark.parametrize("backend", GPUS, ids=lambda backend: backend.name)
+def test_a_gpu_stream_is_one_piece_ahead(backend):
     """The next piece is already computing while the consumer has the last one, and no further."""
     scheduled = []
     small = small_decoder("ltx-2.3")
-    unpatchify = decoder.unpatchify
-    monkeypatch.setattr(decoder, "unpatchify", lambda *given: scheduled.append(1) or unpatchify(*given))
-    pieces = small.stream(random_latents(small, 1, 9, 1, 1))
-    for received, _ in enumerate(pieces, 1):
+    stream = small.open(random_latents(small, 1, 9, 1, 1), small.options(), backend=backend)
+    carry_out = stream.carry_out
+
+    def spy(event):
+        frames = carry_out(event)
+        scheduled.extend([1] * len(frames))
+        return frames
+
+    stream.carry_out = spy
+    for received, _ in enumerate(stream.run(Pace()), 1):
         assert len(scheduled) in (received, received + 1)
     assert received == len(scheduled) > 2

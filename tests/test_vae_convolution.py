@@ -1,11 +1,11 @@
-"""Every form of the 3x3x3 convolution against float64, and which form is the default where."""
+"""Every form of the 3x3x3 convolution against float64."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_vae_tiling.vae import convolution
-from mlx_vae_tiling.vae.convolution import FORMS, convolve, default_form
+from mlx_vae_tiling.vae.convolution import FORMS, convolve
 
 # (batch, frames, height, width, channels in, channels out) of the output. NumPy's form changes its
 # method above 32 channels, and above 4096 positions it takes blocks of rows.
@@ -75,24 +75,6 @@ def test_folded_convolves_a_batch_of_two(shape, batches, monkeypatch):
     monkeypatch.setattr(mx, "conv_general", lambda x, weight: seen.append(x.shape[0]) or stock(x, weight))
     mx.eval(convolve(*operands(shape), "folded"))
     assert seen == batches
-
-
-@pytest.mark.parametrize(
-    ("device", "metal", "system", "dtype", "form"),
-    [
-        (mx.gpu, True, "Darwin", mx.float32, "stock"),
-        (mx.gpu, True, "Darwin", mx.float16, "folded"),
-        (mx.gpu, True, "Darwin", mx.bfloat16, "folded"),
-        (mx.gpu, False, "Linux", mx.bfloat16, "stock"),
-        (mx.cpu, False, "Linux", mx.float32, "numpy"),
-        (mx.cpu, True, "Darwin", mx.float32, "blocked"),
-    ],
-)
-def test_default_form(device, metal, system, dtype, form, monkeypatch):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
-    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
-    monkeypatch.setattr("platform.system", lambda: system)
-    assert default_form(dtype) == form
 
 
 def test_numpy_blocks_stay_within_the_workspace(monkeypatch):

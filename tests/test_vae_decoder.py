@@ -15,6 +15,7 @@ from vae_cases import (
 
 from mlx_vae_tiling.tiling import SpatialTilingConfig, TilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Window
 
 GOOD = (1, 8, 2, 2, 3)
@@ -127,7 +128,7 @@ def test_noise_follows_the_seed(version):
 def test_noise_scale_mixes_before_unnormalising():
     decoder = small_decoder("0.9.5")
     latents = random_latents(decoder, 1, 2, 2, 2)
-    noise = decoder._latent_noise(5, latents.shape)
+    noise = Noise(5, latents.shape[3:]).latents(Window().region(*latents.shape[2:]), *latents.shape[:2])
     assert abs(noise.mean().item()) < 0.3 and noise.std().item() == pytest.approx(1, abs=0.2)
     mixed = joined(decoder.stream(latents, noise_scale=0.25, seed=5))
     expected = joined(decoder.stream(0.75 * latents + 0.25 * noise, noise_scale=0))

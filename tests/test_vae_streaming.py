@@ -15,11 +15,13 @@ from vae_cases import (
     joined,
     operations,
     random_latents,
-    recorded_convolutions,
+    recording,
     reference_decoder,
     relative_error,
     small_decoder,
 )
+
+from mlx_vae_tiling.vae.schedule import Pace
 
 # Of the output's range, in float32. Measured: 0 with NumPy's BLAS; others may sum in another order.
 TOLERANCE = 1e-5
@@ -79,9 +81,10 @@ def test_no_chunk_is_larger_than_the_step_asks_for(version, causal, step, cap):
     latents = random_latents(decoder, 1, 7, 2, 2)
     bounds = [min(step * frames, cap or 1000) for frames in frames_per_latent(decoder.config)]
     options = {"latent_frames_per_step": step, "max_chunk_frames": cap, "causal": causal}
-    with recorded_convolutions(decoder) as calls:
-        for piece in decoder.stream(latents, **options):
-            assert piece.shape[2] <= bounds[-1]
+    backend = recording(decoder)
+    for piece in decoder.stream(latents, backend=backend, **options):
+        assert piece.shape[2] <= bounds[-1]
+    calls = backend.calls
     assert all(call.shape[1] <= bounds[call.layer] for call in calls)
     assert {call.layer for call in calls if call.shape[1] == bounds[call.layer]} == set(range(len(bounds)))
 
@@ -93,9 +96,9 @@ def test_stream_does_the_work_of_the_whole_decode(version, causal):
     counts = []
     for step, cap in [(3, None), (1, None), (2, 3)]:
         options = {"latent_frames_per_step": step, "max_chunk_frames": cap, "causal": causal}
-        with recorded_convolutions(decoder) as calls:
-            mx.eval(list(decoder.stream(latents, **options)))
-        counts.append(operations(calls))
+        backend = recording(decoder)
+        mx.eval(list(decoder.stream(latents, backend=backend, **options)))
+        counts.append(operations(backend.calls))
     assert counts == [expected_operations(decoder.config, latents.shape, causal=causal)] * 3
 
 
@@ -104,12 +107,11 @@ def test_shapes_are_fixed_in_the_steady_state(version):
     decoder = small_decoder(version)
     lag = int(decoder.config.receptive_field[0]) + 1
     latents = random_latents(decoder, 1, lag + 6, 2, 2)
-    per_piece, count = [], 0
-    with recorded_convolutions(decoder) as calls:
-        for piece in decoder.stream(latents):
-            del piece
-            per_piece.append([(call.layer, call.shape) for call in calls[count:]])
-            count = len(calls)
+    per_piece, count, backend = [], 0, recording(decoder)
+    for piece in decoder.stream(latents, backend=backend):
+        del piece
+        per_piece.append([(call.layer, call.shape) for call in backend.calls[count:]])
+        count = len(backend.calls)
     # The first pieces fill the layers, of which each lags a frame, and the last come from the flush.
     steady = per_piece[2:-lag]
     assert len(steady) == 4 and all(shapes == steady[0] for shapes in steady)
@@ -142,11 +144,11 @@ def interrupt_after(pieces, count):
 def test_stream_holds_two_frames_per_convolution(version, causal):
     decoder = small_decoder(version)
     frames = int(2 * decoder.config.receptive_field[0]) + 4
-    stream = decoder.stream(random_latents(decoder, 2, frames, 2, 3), causal=causal)
-    for piece in islice(stream, 2):
+    stream = decoder.open(random_latents(decoder, 2, frames, 2, 3), decoder.options(causal=causal))
+    for piece in islice(stream.run(Pace()), 2):
         del piece
     expected = {level: 2 * size for level, size in state_bytes(decoder.config, 2, 3, itemsize=4).items()}
-    assert held_bytes() == expected
+    assert held_bytes(stream) == expected
 
 
 @pytest.mark.parametrize("pieces_taken", [1, 4])

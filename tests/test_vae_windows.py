@@ -14,7 +14,7 @@ from vae_cases import (
     joined,
     operations,
     random_latents,
-    recorded_convolutions,
+    recording,
     relative_error,
     small_decoder,
 )
@@ -84,13 +84,13 @@ def test_window_equals_the_crop(version, padding, causal, shape, window, step):
     decoder, latents, video = whole(version, padding, causal, shape)
     expected = crop(video, window)
     box = decoder.regions(window.region(*video.shape[2:]), causal)[0]
+    backend = recording(decoder)
     options = {"window": window, "latent_frames_per_step": step, "causal": causal, "seed": 3}
-    with recorded_convolutions(decoder) as calls:
-        pieces = joined(decoder.stream(nan_outside(latents, box), **options))
+    pieces = joined(decoder.stream(nan_outside(latents, box), backend=backend, **options))
     scale = (video.max() - video.min()).item()
     assert pieces.shape == expected.shape
     assert mx.abs(pieces - expected).max().item() <= TOLERANCE * scale
-    assert operations(calls) == expected_operations(decoder.config, latents.shape, window, causal)
+    assert operations(backend.calls) == expected_operations(decoder.config, latents.shape, window, causal)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -137,12 +137,12 @@ def test_two_bands_cost_a_fifth_more():
     latents = random_latents(decoder, 1, *shape[2:])
 
     def counted(window):
-        with recorded_convolutions(decoder) as calls:
-            mx.eval(list(decoder.stream(latents, window=window)))
+        backend = recording(decoder)
+        mx.eval(list(decoder.stream(latents, window=window, backend=backend)))
         published = list(LTX_2_3.layers())
         return sum(
             54 * published[c.layer].in_channels * published[c.layer].out_channels * math.prod(c.shape[:4])
-            for c in calls
+            for c in backend.calls
         )
 
     windows = [Window(), Window(height=slice(0, 640)), Window(height=slice(640, 1280))]

@@ -12,7 +12,7 @@ from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Region, Span
-from mlx_vae_tiling.vae.schedule import Forget, Pace, frames_per_latent, regions_of, schedule
+from mlx_vae_tiling.vae.schedule import Deliver, Forget, Pace, frames_per_latent, regions_of, schedule
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -184,7 +184,6 @@ class CostModel:
         computing: set[tuple[int, ...]] = set()
         copying: set[tuple[int, ...]] = set()
         between: set[tuple[int, ...]] = {tuple(held)}
-        emitted = False
         for event in schedule(self.steps, times, Pace(step, cap)):
             number = event.step
             if isinstance(event, Forget):
@@ -194,8 +193,10 @@ class CostModel:
                     copying.add((*held[:number], held[number] + kept, *held[number + 1 :]))
                 held[number], start[number] = kept, event.before
                 continue
-            if emitted:
+            if isinstance(event, Deliver):
+                held[number] = 0
                 between.add(tuple(held))
+                continue
             output = times[number]._replace(start=event.start, stop=event.stop)
             seen = (need.along(0, output).length for _, need in self.steps[number].reads)
             kind = (number, output.length, *seen)
@@ -203,7 +204,6 @@ class CostModel:
                 numbers[kind] = len(chunks)
                 chunks.append(Chunk(*event))
             computing.add((numbers[kind], *held))
-            emitted = number == count - 1
-            held[number] += 0 if emitted else output.length
+            held[number] += output.length
         rows = (np.array(list(found), np.int64) for found in (computing, copying, between))
         return Trace(chunks, *rows)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vae_tiling.vae.convolution import WORKSPACE_BYTES, ConvolutionForm, convolve, convolve_frames
 from mlx_vae_tiling.vae.operations import Activation, Padding, reflect, replicate, surround
@@ -19,6 +21,9 @@ from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
 
 BackendName = Literal["cpu", "metal", "cuda"]
+
+BLOCK_ELEMENTS = 2**17
+"""How much the CPU activates at a time: a few copies of it fit into a core's cache."""
 
 
 class Taken(NamedTuple):
@@ -50,9 +55,18 @@ class Where(NamedTuple):
 
 
 class ConvolutionSize(NamedTuple):
-    """Numbers of elements of a convolution's arrays, and whether its input is activated first."""
+    """Numbers of elements of a convolution's arrays, and whether its input is activated first.
+
+    Attributes:
+        given: Of its input, of which
+        frame: are one frame.
+        padded: Of the padded input.
+        made: Of its output.
+        weights: Of its kernel.
+    """
 
     given: int
+    frame: int
     padded: int
     made: int
     weights: int
@@ -93,19 +107,12 @@ class Backend:
         """Has the results of a step computed, so that its inputs can go."""
         mx.async_eval(*arrays)
 
-    def activate(self, x: mx.array, activation: Activation) -> mx.array:
-        return activation(x)
-
     def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
         """The input of a valid 3x3x3 convolution: activated if asked to, then padded."""
-        if activation is not None:
-            x = self.activate(x, activation)
-        x = replicate(x, padding.frames)
+        x = replicate(x if activation is None else activation(x), padding.frames)
         if padding.mode == "zeros":
             return surround(x, padding.rows, padding.columns)
-        for axis, amounts in ((2, padding.rows), (3, padding.columns)):
-            x = self.computed(reflect(x, axis, amounts))
-        return x
+        return reflect(reflect(x, 2, padding.rows), 3, padding.columns)
 
     def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
         """Valid convolution (B, T+2, H+2, W+2, C) to (B, T, H, W, O)."""
@@ -123,9 +130,14 @@ class Backend:
         """What a sum takes beside its operands, of which it may reuse none."""
         return itemsize * made
 
-    def upsampling_bytes(self, made: int, repeats: int, itemsize: int) -> int:
-        """What depth-to-space takes, with a residual that is tiled `repeats` times, if any."""
-        return itemsize * made * (3 if repeats else 2)
+    def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
+        """What depth-to-space takes, with a residual that is tiled `repeats` times, if any.
+
+        Args:
+            made: Elements that come out of it, of which
+            kept: are kept, in a copy if these are not all.
+        """
+        return itemsize * (made * (3 if repeats else 1) + kept)
 
     def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
         """Valid convolution of single frames (B, T, H+2, W+2, C) to (B, T, H, W, O)."""
@@ -177,26 +189,44 @@ class CPUBackend(Backend):
     def settle(self, *arrays: mx.array) -> None:
         mx.eval(*arrays)
 
-    def activate(self, x: mx.array, activation: Activation) -> mx.array:
-        # The CPU's norm takes several copies of its input, in float32: here, of one frame.
-        frames = [self.computed(activation(x[:, i : i + 1])) for i in range(x.shape[1])]
-        return self.computed(mx.concatenate(frames, axis=1))
+    def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
+        """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
+        b, t, h, w, c = x.shape
+        first, top, left = padding.frames[0], padding.rows[0], padding.columns[0]
+        shape = (b, t + sum(padding.frames), h + sum(padding.rows), w + sum(padding.columns), c)
+        padded = mx.zeros(shape, x.dtype)
+        view = bits(padded)
+        rows = max(1, BLOCK_ELEMENTS // (b * w * c))
+        for index, start in product(range(t), range(0, h, rows)):
+            block = x[:, index : index + 1, start : start + rows]
+            block = block if activation is None else activation(block)
+            place = slice(top + start, top + start + block.shape[2])
+            view[:, first + index : first + index + 1, place, left : left + w] = bits(block)
+        if padding.mode == "reflect":
+            mirror(view, 2, padding.rows)
+            mirror(view, 3, padding.columns)
+        view[:, :first] = view[:, first : first + 1]
+        view[:, first + t :] = view[:, first + t - 1 : first + t]
+        return padded
 
     def computed(self, x: mx.array) -> mx.array:
         mx.eval(x)
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """The most of: activating, padding, convolving in float32, and rounding to half precision."""
-        activating = 2 * size.activated * size.given
-        padding = size.activated * size.given + size.padded
-        if itemsize == 4:
-            return 4 * max(activating, padding, size.padded + size.made)
-        convolving = itemsize * size.padded + 4 * (size.padded + size.weights + size.made)
-        return max(itemsize * max(activating, padding), convolving)
+        """Input and output in float32; in half precision also the input, and the output when it is rounded."""
+        activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
+        convolving = 4 * (size.padded + size.made)
+        if itemsize == 2:
+            convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
+        return max(activating, convolving)
 
     def addition_bytes(self, made: int, itemsize: int) -> int:
         return 0
+
+    def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
+        tiled = made + made // repeats if repeats else 0
+        return itemsize * (made + max(tiled, kept * (kept < made)))
 
     def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
         return convolve_frames(x, weight, groups)
@@ -220,6 +250,20 @@ class CPUBackend(Backend):
     def attention_bytes(self, pairs: int, itemsize: int) -> int:
         """The CPU has no fused attention: scores, masked and normalised, lie in memory."""
         return (4 + 4 * itemsize) * pairs
+
+
+def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:
+    """NumPy's view of an array's buffer; of half-precision numbers, their 16 bits."""
+    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x, copy=False)
+
+
+def mirror(x: np.ndarray[Any, np.dtype[Any]], axis: int, amounts: tuple[int, int]) -> None:
+    """Fills the first and the last position of an axis with those beside their neighbours, or neither."""
+    x = np.moveaxis(x, axis, 0)
+    if amounts[0]:
+        x[0] = x[2]
+    if amounts[1]:
+        x[-1] = x[-3]
 
 
 CPU, METAL, CUDA = CPUBackend(), Backend("metal"), Backend("cuda")

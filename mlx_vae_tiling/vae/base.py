@@ -272,7 +272,7 @@ class StreamingDecoder(nn.Module):
         self,
         latents: mx.array,
         options: DecodeOptions,
-        pixels: Region | None,
+        pixels: Region | None = None,
         noise: Noise | None = None,
         backend: Backend | str | None = None,
     ) -> Stream:

@@ -71,7 +71,7 @@ class VideoDecoder(StreamingDecoder):
                 self.up_blocks.append(UNetMidBlock3D(width, block, padding, conditioned, fields, scale))
                 fields += 2 * block.num_layers * block.inject_noise
             elif isinstance(block, ResBlockNarrowing):
-                self.up_blocks.append(ResnetBlock3D(width, width // block.multiplier, padding))
+                self.up_blocks.append(ResnetBlock3D(width, block.after(width), padding))
             else:
                 self.up_blocks.append(DepthToSpaceUpsample(width, block, padding))
                 scale *= block.stride[1]
@@ -174,7 +174,7 @@ class VideoDecoder(StreamingDecoder):
 
     def _prepared_taken(self, where: Where) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
-        return Taken(made * (3 * 4 + where.dtype.size), made)
+        return Taken(made * (4 + max(4, where.dtype.size)), made)
 
     def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""

@@ -55,6 +55,7 @@ class Conv3d(nn.Module):
         t, h, w = (span.length for span in where.output)
         size = ConvolutionSize(
             given=where.batch * where.inputs[0].volume * self._in,
+            frame=where.batch * where.inputs[0].area * self._in,
             padded=where.batch * (t + 2) * (h + 2) * (w + 2) * self._in,
             made=where.batch * where.output.volume * self._out,
             weights=27 * self._in * self._out,
@@ -258,7 +259,7 @@ class DepthToSpaceUpsample(nn.Module):
         y = where.backend.computed(depth_to_space(inputs[0], self.stride))
         if self._repeats:
             skip = [depth_to_space(inputs[1], self.stride)] * self._repeats
-            y = y + where.backend.computed(mx.concatenate(skip, axis=-1))
+            y = where.backend.computed(y + where.backend.computed(mx.concatenate(skip, axis=-1)))
         parts = {}
         for axis, (coarse, fine, factor) in enumerate(
             zip(where.inputs[0], where.output, self.stride, strict=True), start=1
@@ -269,4 +270,5 @@ class DepthToSpaceUpsample(nn.Module):
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * math.prod(self.stride) * self._out
-        return Taken(where.backend.upsampling_bytes(made, self._repeats, where.dtype.size), made)
+        kept = where.batch * where.output.volume * self._out
+        return Taken(where.backend.upsampling_bytes(made, kept, self._repeats, where.dtype.size), made)

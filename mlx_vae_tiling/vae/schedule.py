@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Frames start to stop - 1 of a step are computed from those of its producers, and held or handed out."""
+    """Frames start to stop - 1 of a step are computed from those of its producers, and held."""
 
     step: int
     start: int
@@ -60,7 +60,13 @@ class Forget(NamedTuple):
     before: int
 
 
-Event = Compute | Forget
+class Deliver(NamedTuple):
+    """All that is held of the last step is handed out."""
+
+    step: int
+
+
+Event = Compute | Forget | Deliver
 
 
 @dataclass
@@ -126,7 +132,8 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
         pace: Read anew for every chunk.
 
     Yields:
-        Each `Compute`, followed by a `Forget` of every producer of which fewer frames are needed from then on.
+        Each `Compute`, followed by a `Forget` of every producer of which fewer frames are needed from then
+        on, and, if it is the last step's, by a `Deliver`.
     """
     readers: list[list[Read]] = [[] for _ in steps]
     for number, step in enumerate(steps):
@@ -158,11 +165,13 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
             number -= 1
         yield Compute(number, made[number], stop)
         made[number] = stop
-        for producer in {read.producer for read in steps[number].reads}:
+        for producer in sorted({read.producer for read in steps[number].reads}):
             before = min(first_needed(reader, need, producer) for reader, need in readers[producer])
             if before > held[producer]:
                 held[producer] = before
                 yield Forget(producer, before)
+        if not readers[number]:
+            yield Deliver(number)
         # Nothing but its readers can have become ready.
         number = max((reader for reader, _ in readers[number]), default=number)
 

@@ -16,7 +16,7 @@ from mlx_vae_tiling.vae.backend import Backend, Where
 from mlx_vae_tiling.vae.operations import cut
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
-from mlx_vae_tiling.vae.schedule import Event, Forget, Pace, Step, schedule
+from mlx_vae_tiling.vae.schedule import Deliver, Event, Forget, Pace, Step, schedule
 
 
 class HeldFrames:
@@ -31,11 +31,14 @@ class HeldFrames:
         return sum(piece.nbytes for piece in self.pieces)
 
     def read(self, part: Region, whole: Region) -> mx.array:
-        """A view of a region of the frames, which themselves are of the region `whole`."""
-        if len(self.pieces) > 1:
-            self.pieces = [mx.concatenate(self.pieces, axis=1)]
+        """A view of a region of the frames, which are joined and of the region `whole`."""
         frames = slice(part.time.start - self.start, part.time.stop - self.start)
         return self.pieces[0][:, frames, part.height.inside(whole.height), part.width.inside(whole.width)]
+
+    def join(self) -> None:
+        """Makes one piece of all."""
+        if len(self.pieces) > 1:
+            self.pieces = [mx.concatenate(self.pieces, axis=1)]
 
     def forget(self, before: int) -> None:
         """Drops the frames before `before`; what is left of a piece is a copy."""
@@ -47,6 +50,11 @@ class HeldFrames:
             if surplus < frames:
                 self.pieces.insert(0, cut(first, {1: slice(surplus, frames)}))
             del first
+
+    def deliver(self) -> list[mx.array]:
+        """Hands out all frames."""
+        delivered, self.pieces = self.pieces, []
+        return delivered
 
 
 class Stream:
@@ -81,33 +89,32 @@ class Stream:
         """The frames of the last step, piece by piece, of which the backend may compute some ahead."""
         waiting: list[mx.array] = []
         for event in schedule(self._steps, [region.time for region in self._regions], pace):
-            frames = self.carry_out(event)
-            if frames is not None:
-                waiting.append(frames)
-                del frames
+            waiting += self.carry_out(event)
             if len(waiting) > self._backend.pieces_ahead:
                 yield waiting.pop(0)
         while waiting:
             yield waiting.pop(0)
 
-    def carry_out(self, event: Event) -> mx.array | None:
-        """Computes or forgets; returns frames if they are the last step's."""
+    def carry_out(self, event: Event) -> list[mx.array]:
+        """Computes, forgets or delivers; returns what is delivered."""
+        held = self.held[event.step]
+        if isinstance(event, Deliver):
+            return held.deliver()
         if isinstance(event, Forget):
-            held = self.held[event.step]
             held.forget(event.before)
-            self._backend.settle(*held.pieces)
-            return None
-        frames = self._computed(event.step, self._regions[event.step].over(event.start, event.stop))
-        self._backend.settle(frames)
-        if event.step == len(self._steps) - 1:
-            return frames
-        self.held[event.step].pieces.append(frames)
-        return None
+        else:
+            output = self._regions[event.step].over(event.start, event.stop)
+            held.pieces.append(self._computed(event.step, output))
+        self._backend.settle(*held.pieces)
+        return []
 
     def _computed(self, number: int, output: Region) -> mx.array:
         step = self._steps[number]
         inputs = tuple(need.before(output) for _, need in step.reads)
         where = Where(inputs, output, len(self._latents), self._dtype, self._backend, self._noise)
+        for read in step.reads:
+            self.held[read.producer].join()
+            self._backend.computed(self.held[read.producer].pieces[0])
         views = [
             self.held[producer].read(part, self._regions[producer])
             for (producer, _), part in zip(step.reads, inputs, strict=True)

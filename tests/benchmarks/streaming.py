@@ -1,6 +1,5 @@
 """Streaming: its peak over the number of frames, its time beside the whole decode, and what it holds."""
 
-import gc
 from collections import Counter
 from dataclasses import replace
 from statistics import median
@@ -11,7 +10,8 @@ from common import Measurement, measure, parse_quick, print_ratios
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
-from mlx_vae_tiling.vae.streaming import FrameQueue
+from mlx_vae_tiling.vae.schedule import Pace
+from mlx_vae_tiling.vae.stream import Stream
 
 Level = tuple[int, int, int]
 
@@ -27,12 +27,12 @@ def state_bytes(config: DecoderConfig, height: int, width: int, itemsize: int) -
     return dict(levels)
 
 
-def held_bytes() -> dict[Level, int]:
-    """Bytes of the frames that the layers of all running streams hold, by level."""
+def held_bytes(stream: Stream) -> dict[Level, int]:
+    """Bytes of the frames that the steps of a stream hold, by level."""
     levels: Counter[Level] = Counter()
-    for queue in gc.get_objects():
-        if isinstance(queue, FrameQueue) and queue._frames is not None:
-            levels[queue._frames.shape[2:]] += queue._frames.nbytes
+    for frames in stream.held:
+        for piece in frames.pieces:
+            levels[piece.shape[2:]] += piece.nbytes
     return dict(levels)
 
 
@@ -68,11 +68,11 @@ def main() -> None:
     print_ratios(f"Streaming at {describe(small, latents)}", rows)
 
     print(f"\n{'held between pieces':<28}{'measured':>14}{'formula':>14}")
-    stream = small.stream(latents)
+    stream = small.open(latents, small.options())
+    pieces = stream.run(Pace())
     for _ in range(2):
-        mx.eval(next(stream))
-    measured, formula = held_bytes(), state_bytes(small.config, height, width, itemsize=4)
-    stream.close()
+        mx.eval(next(pieces))
+    measured, formula = held_bytes(stream), state_bytes(small.config, height, width, itemsize=4)
     for level in sorted(measured.keys() | formula.keys(), key=lambda level: (level[0], -level[2])):
         name = f"{level[0]}x{level[1]}, {level[2]} channels"
         print(f"{name:<28}{measured.get(level, 0):>12} B{formula.get(level, 0):>12} B")
