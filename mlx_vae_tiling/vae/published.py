@@ -45,6 +45,11 @@ _BLOCKS_23 = (
     *(ResBlocks(4), Upsample(STRIDES["compress_time"], 2)),
     *(ResBlocks(6), Upsample(STRIDES["compress_space"], 2), ResBlocks(4)),
 )
+_BLOCKS_PRUNA = (
+    *_BLOCKS_23[:3],
+    *(ResBlockNarrowing.between(512, 384), *_BLOCKS_23[3:5]),
+    *(ResBlockNarrowing.between(384, 256), *_BLOCKS_23[5:]),
+)
 
 _VERSIONS = (
     Published("ltx-0.9.0", "LTX-Video 0.9.0", DecoderConfig(_BLOCKS_090)),
@@ -60,6 +65,7 @@ _VERSIONS = (
     ),
     Published("ltx-2", "LTX-2", DecoderConfig(_residual(5, 5, 5, 5), spatial_padding_mode="reflect")),
     Published("ltx-2.3", "LTX-2.3 / 2.5", DecoderConfig(_BLOCKS_23)),
+    Published("ltx-2.3-pruna", "LTX-2.3 pruned (PrunaVAED)", DecoderConfig(_BLOCKS_PRUNA, base_channels=64)),
 )
 PUBLISHED = {version.name: version for version in _VERSIONS}
 """The versions by name."""
