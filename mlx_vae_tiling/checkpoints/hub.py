@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_vae_tiling.checkpoints.configs import CONFIG_FILES
+from mlx_vae_tiling.checkpoints.configs import config_files
 from mlx_vae_tiling.checkpoints.files import (
     choose_decoder_files,
-    decoder_prefix,
+    decoder_in,
     decoder_tensors,
     no_decoder,
     with_shards,
@@ -83,10 +83,10 @@ def _fetch(repository: _Repository, filename: str | None) -> Path:
         raise ValueError(f"filename must be a file of {repository.id}, got {filename!r}; it has {listing}")
     if len(files) == 1:
         header = repository.header(files[0])
-        prefix = decoder_prefix(header.tensors)
-        if prefix is None:
+        decoder = decoder_in(header.tensors)
+        if decoder is None:
             raise no_decoder(f"{repository.id}/{files[0]}", [header])
-        wanted = decoder_tensors(header.tensors, prefix)
+        wanted = decoder_tensors(header.tensors, decoder)
         wanted_bytes = sum(tensor.size_in_bytes for tensor in wanted.values())
         if wanted_bytes < WORTH_EXTRACTING * repository.file_bytes[files[0]]:
             return _extract(repository, files[0], Header(wanted, header.metadata))
@@ -120,7 +120,7 @@ def _extract(repository: _Repository, file: str, wanted: Header) -> Path:
 
 def _side_files(file: str, names: list[str]) -> list[str]:
     folder = file.rpartition("/")[0]
-    sides = [f"{folder}/{name}".lstrip("/") for name in CONFIG_FILES]
+    sides = [f"{folder}/{name}".lstrip("/") for name in config_files(Path(file).stem)]
     return [side for side in sides if side in names]
 
 

@@ -45,23 +45,30 @@ def load_decoder(
     """
     wanted = None if dtype is None else parse_dtype(dtype)
     stored = find_decoder(source, config)
-    decoder = VideoDecoder(stored.info.config)
+    decoder = build_decoder(stored.info.config)
     wanted = wanted or parse_dtype(stored.info.dtype)
     weights = []
     for name, shape in parameter_shapes(decoder).items():
         target = None if name.startswith("per_channel_statistics.") else wanted
-        weights.append((name, _read(stored.entries[name], stored.axes.get(name), shape, target)))
+        weights.append((name, _read(stored.tensors[name], shape, target)))
     decoder.load_weights(weights)
     return decoder
 
 
-def _read(entry: TensorEntry, axes: Axes | None, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
-    """One tensor, evaluated, so that nothing but the result is alive when the next is read."""
+def _read(tensor: StoredTensor, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
+    """One parameter, evaluated, so that nothing but the result is alive when the next is read."""
+    parts = [_read_entry(part, tensor.axes) for part in tensor.parts]
+    value = (parts[0] if len(parts) == 1 else mx.concatenate(parts)).reshape(shape)
+    if tensor.gate is not None:
+        gate = _read_entry(tensor.gate, None).astype(mx.float32).reshape(-1, *[1] * (value.ndim - 1))
+        value = (gate * value.astype(mx.float32)).astype(value.dtype)
+    value = value.astype(dtype or value.dtype)
+    mx.eval(value)
+    return value
+
+
+def _read_entry(entry: TensorEntry, axes: Axes | None) -> mx.array:
     kind = STORED[entry.dtype]
     values = np.fromfile(entry.file, kind.numpy, math.prod(entry.shape), offset=entry.start)
     values = values.reshape(entry.shape)
-    if axes:
-        values = values.transpose(axes)
-    tensor = mx.array(values.reshape(shape)).view(kind.mlx).astype(dtype or kind.mlx)
-    mx.eval(tensor)
-    return tensor
+    return mx.array(values.transpose(axes) if axes else values).view(kind.mlx)
