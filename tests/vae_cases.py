@@ -13,8 +13,8 @@ from mlx_vae_tiling.vae.backend import CPUBackend
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.options import Noise
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.regions import Span, Window
 
 VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")

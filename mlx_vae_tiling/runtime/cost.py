@@ -137,7 +137,8 @@ class CostModel:
     def _cost(self, regions: Sequence[Region], trace: Trace) -> Cost:
         batch, itemsize = self.latent_shape[0], self.dtype.size
         frame = np.array(
-            [batch * itemsize * s.channels * r.area for s, r in zip(self.steps, regions, strict=True)], np.int64
+            [batch * itemsize * s.channels * r.area for s, r in zip(self.steps, regions, strict=True)],
+            np.int64,
         )
         taken = [self._taken(chunk, regions) for chunk in trace.chunks]
         most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]

@@ -15,8 +15,6 @@ CONSTANT_FRAME_PIXELS = 32 * 32
 """Larger frames of one single value are taken for a failed computation."""
 
 
-
-
 def finish(piece: mx.array, kind: str) -> tuple[Frames, list[tuple[int, str]]]:
     """Finishes a piece, frame by frame, so that what that takes is one frame large.
 

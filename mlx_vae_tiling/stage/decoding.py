@@ -8,12 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_map_with_path
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,
@@ -141,11 +140,12 @@ class DecodingStage:
         given = latents if isinstance(latents, mx.array) else mx.array(latents)
         latents = _unscaled(given, self.vae).astype(precision or given.dtype)
         if autocast and precision and isinstance(self.vae, StreamingDecoder) and self.vae.dtype != precision:
-            _cast_weights(self.vae, precision)
+            self.vae.cast(precision)
         config = option(args, "pipeline_config", DecodingArgs)
         tiling = option(config, "vae_tiling", PipelineConfig)
         if tiling and isinstance(self.vae, StreamingDecoder):
-            return _decode_planned(self.vae, latents, option(args, "memory_limit", DecodingArgs))
+            checked = option(args, "enable_stage_verification", DecodingArgs)
+            return _decode_planned(self.vae, latents, option(args, "memory_limit", DecodingArgs), checked)
         if tiling and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
         frames = _decode_whole(self.vae, latents)
@@ -220,17 +220,9 @@ def _per_channel(name: str, factor: Any, channels: int) -> mx.array:
     return values.reshape(1, -1, 1, 1, 1)
 
 
-def _cast_weights(decoder: StreamingDecoder, dtype: mx.Dtype) -> None:
-    """In place, all but the statistics of the latents, which are as they were stored."""
-
-    def cast(name: str, value: mx.array) -> mx.array:
-        return value if name.startswith("per_channel_statistics.") else value.astype(dtype)
-
-    decoder.update(tree_map_with_path(cast, decoder.parameters()))
-    mx.eval(decoder.parameters())
-
-
-def _decode_planned(decoder: StreamingDecoder, latents: mx.array, memory_limit: Any) -> mx.array:
+def _decode_planned(
+    decoder: StreamingDecoder, latents: mx.array, memory_limit: Any, checked: bool
+) -> mx.array:
     """Every frame of every part of a plan, written to its place in the video."""
     budget, shape = memory_budget(memory_limit), decoder.output_shape(latents.shape)
     frame_bytes = 4 * int(np.prod(shape, dtype=np.int64))
@@ -241,7 +233,7 @@ def _decode_planned(decoder: StreamingDecoder, latents: mx.array, memory_limit: 
             f"and the frames {format_bytes(frame_bytes)}: raise args.memory_limit, or use decode_to_file, "
             "which does not hold the frames"
         )
-    job = Job.prepare(decoder, latents, decoder.options(), "unit", plan)
+    job = Job.prepare(decoder, latents, decoder.options(), "unit", plan, checked)
     video, view = _new_video(shape)
     for part in plan.parts:
         start, (time, rows, columns) = 0, part.pixels

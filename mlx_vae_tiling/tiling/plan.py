@@ -79,15 +79,17 @@ def blending_bytes(plan: TilePlan, planes: int, itemsize: int, decoding_bytes: i
         itemsize: Bytes per value of what the decoder returns.
         decoding_bytes: What decoding the largest tile takes.
     """
-    frames, rows, columns = (max(tile.output.stop - tile.output.start for tile in axis) for axis in plan)
-    frame = 4 * planes * plan.rows[-1].output.stop * plan.columns[-1].output.stop
+    frames, rows, columns = (max(int(tile.output.stop - tile.output.start) for tile in axis) for axis in plan)
+    height, width = int(plan.rows[-1].output.stop), int(plan.columns[-1].output.stop)
+    frame = 4 * planes * height * width
     tile, group = 4 * planes * frames * rows * columns, frame * frames
-    carry = frame * max((max(a.output.stop - b.output.start, 0) for a, b in pairwise(plan.frames)), default=0)
+    shared = [int(one.output.stop - two.output.start) for one, two in pairwise(plan.frames)]
+    carry = frame * max([0, *shared])
     waiting = group if len(plan.rows) * len(plan.columns) > 1 else carry
     # In half precision a tile is there twice before it is converted to float32.
     decoding = max(decoding_bytes, 2 * tile)
     blending = group + carry + tile if sum(map(len, plan)) > 3 else 0
-    starts = [*(tile.output.start for tile in plan.frames), plan.frames[-1].output.stop]
+    starts = [int(tile.output.start) for tile in plan.frames] + [int(plan.frames[-1].output.stop)]
     piece = frame * max(stop - start for start, stop in pairwise(starts))
     converting = piece + piece // 2 * (itemsize < 4) + carry + 3 * frame
     return max(waiting + decoding, blending, converting)

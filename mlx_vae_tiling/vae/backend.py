@@ -53,7 +53,6 @@ class Where(NamedTuple):
     noise: Noise | None = None
 
 
-
 class ConvolutionSize(NamedTuple):
     """Numbers of elements of a convolution's arrays, and whether its input is activated first.
 
@@ -129,6 +128,10 @@ class Backend:
     def addition_bytes(self, made: int, itemsize: int) -> int:
         """What a sum takes beside its operands, of which it may reuse none."""
         return itemsize * made
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        """What a LayerNorm takes."""
+        return itemsize * given
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         """What depth-to-space takes, with a residual that is tiled `repeats` times, if any.
@@ -214,7 +217,7 @@ class CPUBackend(Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """Input and output in float32; in half precision also the input, and the output when it is rounded."""
+        """Input and output in float32; in half precision the input too, or the output when it is rounded."""
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:
@@ -223,6 +226,10 @@ class CPUBackend(Backend):
 
     def addition_bytes(self, made: int, itemsize: int) -> int:
         return 0
+
+    def norm_bytes(self, given: int, itemsize: int) -> int:
+        # In float32, with the deviations from the mean and their squares.
+        return given * (4 * 4 if itemsize == 4 else 5 * 4)
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         tiled = made + made // repeats if repeats else 0

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
@@ -54,6 +55,12 @@ class StreamingDecoder(nn.Module):
         self.convolution_form: ConvolutionForm | None = None
         self._has_weights = False
 
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
+        """As `nn.Module.load_weights`, also of no weights at all, which leaves zeros."""
+        super().load_weights(file_or_weights, strict)
+        self._has_weights = True
+        return self
+
     def update(self, parameters: dict[str, Any], strict: bool = True) -> nn.Module:
         """As `nn.Module.update`: this is how weights arrive, whoever brings them."""
         super().update(parameters, strict)
@@ -66,6 +73,15 @@ class StreamingDecoder(nn.Module):
         super().apply(*given, **options)
         self._has_weights = had_weights
         return self
+
+    def cast(self, dtype: mx.Dtype) -> None:
+        """Casts the weights in place, all but the statistics of the latents, which stay as they are stored."""
+
+        def cast(name: str, value: mx.array) -> mx.array:
+            return value if name.startswith("per_channel_statistics.") else value.astype(dtype)
+
+        self.update(tree_map_with_path(cast, self.parameters()))
+        mx.eval(self.parameters())
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -118,10 +118,11 @@ class VideoDecoder(StreamingDecoder):
                 f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for a convolutional one"
             )
         conditioned = self.config.timestep_conditioning
-        given = mx.array(self.decode_timestep if timestep is None else timestep, mx.float32).reshape(-1)
+        given: Any = self.decode_timestep if timestep is None else timestep
+        steps: Any = mx.array(given, mx.float32).reshape(-1).tolist()
         options = DecodeOptions(
             causal=self.config.causal if causal is None else causal,
-            timestep=tuple(given.tolist()) if conditioned else (),
+            timestep=tuple(steps) if conditioned else (),
             noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
             seed=seed,
             normalized=normalized,
@@ -142,7 +143,12 @@ class VideoDecoder(StreamingDecoder):
             embedding = self.last_time_embedder(timestep)
             activation = Activation(*modulations(embedding, self.last_scale_shift_table))
         steps = [
-            Step(partial(self._prepared, options=options), self._prepared_taken, (), self.config.latent_channels),
+            Step(
+                partial(self._prepared, options=options),
+                partial(self._prepared_taken, options=options),
+                (),
+                self.config.latent_channels,
+            ),
             self.conv_in.step(0, need),
         ]
         for block in self.up_blocks:
@@ -172,9 +178,9 @@ class VideoDecoder(StreamingDecoder):
             z = z * std + mean
         return mx.contiguous(z.transpose(0, 2, 3, 4, 1).astype(self.dtype))
 
-    def _prepared_taken(self, where: Where) -> Taken:
+    def _prepared_taken(self, where: Where, options: DecodeOptions) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
-        return Taken(made * (4 + max(4, where.dtype.size)), made)
+        return Taken(made * (16 if options.noise_scale else 8), made)
 
     def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
@@ -186,5 +192,7 @@ class VideoDecoder(StreamingDecoder):
         return cut(unpatchify(inputs[0], p), parts).astype(dtype)
 
     def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
-        return Taken(made * (where.dtype.size + dtype.size * (dtype != where.dtype)), made)
+        planes = where.batch * self.config.out_channels
+        made, kept = planes * where.inputs[0].volume * self.config.patch_size**2, planes * where.output.volume
+        copied = where.dtype.size * kept * (kept < made) + dtype.size * kept * (dtype != where.dtype)
+        return Taken(where.dtype.size * made + copied, made)

@@ -194,7 +194,8 @@ class ResnetBlock3D(nn.Module):
         adding = itemsize * positions * self._out
         adding += where.backend.addition_bytes(positions * self._out, itemsize)
         if "norm3" in self:
-            adding += itemsize * positions * (self._in + self._out)
+            adding += where.backend.norm_bytes(positions * self._in, itemsize)
+            adding += itemsize * positions * self._out
         return convolution._replace(nbytes=max(convolution.nbytes, adding))
 
     def _with_noise(self, which: int, x: mx.array, where: Where) -> mx.array:
@@ -220,7 +221,9 @@ class UNetMidBlock3D(nn.Module):
         super().__init__()
         if timestep_conditioning:
             self.time_embedder = TimestepEmbedding(4 * channels)
-        fields = [(first_field + 2 * i, scale) if block.inject_noise else None for i in range(block.num_layers)]
+        fields = [
+            (first_field + 2 * i, scale) if block.inject_noise else None for i in range(block.num_layers)
+        ]
         self.res_blocks = [
             ResnetBlock3D(channels, channels, padding, timestep_conditioning, field) for field in fields
         ]

@@ -37,11 +37,11 @@ class Padding(NamedTuple):
     @classmethod
     def between(cls, source: Region, output: Region, reach: Reach, mode: PaddingMode) -> Padding:
         """What `source` lacks of all that a 3x3x3 convolution for `output` sees."""
-        amounts = [
+        frames, rows, columns = (
             (before - (wanted.start - inner.start), after - (inner.stop - wanted.stop))
             for inner, wanted, (before, after) in zip(source, output, (reach, (1, 1), (1, 1)), strict=True)
-        ]
-        return cls(*amounts, mode)
+        )
+        return cls(frames, rows, columns, mode)
 
 
 def pixel_norm(x: mx.array) -> mx.array:
@@ -74,7 +74,8 @@ def depth_to_space(x: mx.array, stride: Stride) -> mx.array:
     b, frames, height, width, _ = x.shape
     t, h, w = stride
     x = x.reshape(b, frames, height, width, -1, t, h, w).transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, frames * t, height * h, width * w, -1)
+    # A single frame that becomes two could be a view of what it was.
+    return mx.contiguous(x.reshape(b, frames * t, height * h, width * w, -1))
 
 
 def unpatchify(x: mx.array, patch_size: int) -> mx.array:

@@ -78,7 +78,9 @@ class Noise:
             region: Of the level.
             scale: Positions of the level per latent, along height and width.
         """
-        key = mx.random.split(mx.random.split(mx.random.key(self.seed))[1] ^ mx.array([0, number], mx.uint32))[0]
+        key = mx.random.split(
+            mx.random.split(mx.random.key(self.seed))[1] ^ mx.array([0, number], mx.uint32)
+        )[0]
         whole = mx.random.normal((self.size[0] * scale, self.size[1] * scale), key=key)
         top, left = self.origin[1] * scale, self.origin[2] * scale
         return whole[

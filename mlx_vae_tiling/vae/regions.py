@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+Slice = slice
+
 Stride = tuple[int, int, int]
 """Positions of the output per position of the input: time, height, width."""
 
@@ -31,12 +33,12 @@ class Span(NamedTuple):
         return self.stop - self.start
 
     @property
-    def slice(self) -> slice:
-        return slice(self.start, self.stop)
+    def slice(self) -> Slice:
+        return Slice(self.start, self.stop)
 
-    def inside(self, outer: Span) -> slice:
+    def inside(self, outer: Span) -> Slice:
         """This span as a slice of an array that holds `outer`."""
-        return slice(self.start - outer.start, self.stop - outer.start)
+        return Slice(self.start - outer.start, self.stop - outer.start)
 
     def joined(self, other: Span) -> Span:
         """The shortest span that holds both."""

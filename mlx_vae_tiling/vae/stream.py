@@ -81,14 +81,14 @@ class Stream:
         backend: Backend,
         noise: Noise | None = None,
     ):
-        self._steps, self._regions, self._latents = steps, regions, latents
+        self.steps, self.regions, self._latents = steps, regions, latents
         self._dtype, self._backend, self._noise = dtype, backend, noise
         self.held = [HeldFrames(region.time.start) for region in regions]
 
     def run(self, pace: Pace) -> Iterator[mx.array]:
         """The frames of the last step, piece by piece, of which the backend may compute some ahead."""
         waiting: list[mx.array] = []
-        for event in schedule(self._steps, [region.time for region in self._regions], pace):
+        for event in schedule(self.steps, [region.time for region in self.regions], pace):
             waiting += self.carry_out(event)
             if len(waiting) > self._backend.pieces_ahead:
                 yield waiting.pop(0)
@@ -103,20 +103,20 @@ class Stream:
         if isinstance(event, Forget):
             held.forget(event.before)
         else:
-            output = self._regions[event.step].over(event.start, event.stop)
+            output = self.regions[event.step].over(event.start, event.stop)
             held.pieces.append(self._computed(event.step, output))
         self._backend.settle(*held.pieces)
         return []
 
     def _computed(self, number: int, output: Region) -> mx.array:
-        step = self._steps[number]
+        step = self.steps[number]
         inputs = tuple(need.before(output) for _, need in step.reads)
         where = Where(inputs, output, len(self._latents), self._dtype, self._backend, self._noise)
         for read in step.reads:
             self.held[read.producer].join()
             self._backend.computed(self.held[read.producer].pieces[0])
         views = [
-            self.held[producer].read(part, self._regions[producer])
+            self.held[producer].read(part, self.regions[producer])
             for (producer, _), part in zip(step.reads, inputs, strict=True)
         ]
         return step.compute(views or [self._latents], where)
