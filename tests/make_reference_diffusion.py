@@ -105,7 +105,9 @@ def check_attention():
 def original_names(name):
     """The key of the original checkpoints for a key of diffusers' decoder; q, k and v share one."""
     name = name.replace("timestep_embedder.linear_1", "mlp.0").replace("timestep_embedder.linear_2", "mlp.2")
-    name = name.replace(".to_out.0.", ".proj.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
+    name = (
+        name.replace(".to_out.0.", ".proj.").replace(".norm_q.", ".q_norm.").replace(".norm_k.", ".k_norm.")
+    )
     for part in "qkv":
         name = name.replace(f".to_{part}.", ".qkv.")
     return f"decoder.{name}"

@@ -78,7 +78,9 @@ def make(name, taehv, folder):
     rng = np.random.default_rng(sum(name.encode()))
     model = build(taehv, *DECODERS[name], wide=name.endswith("wide"))
     tensors, described = set_parameters(model.decoder, rng), []
-    with torch.no_grad():  # The frames shall lie inside of [0, 1] for the most part, where nothing is clamped.
+    with (
+        torch.no_grad()
+    ):  # The frames shall lie inside of [0, 1] for the most part, where nothing is clamped.
         last = model.decoder[-1]
         for part in ("weight", "bias"):
             key = f"decoder.{len(model.decoder) - 1}.{part}"
@@ -93,7 +95,9 @@ def make(name, taehv, folder):
         inside = np.mean((video > 0) & (video < 1))
         print(f"{name} {index}: mean {video.mean():.2f}, deviation {video.std():.2f}, {inside:.0%} inside")
         tensors[f"case.{index}.latents"] = latents.astype(np.float32)
-        tensors[f"case.{index}.output"] = np.ascontiguousarray(video[..., ::stride, ::stride], dtype=np.float32)
+        tensors[f"case.{index}.output"] = np.ascontiguousarray(
+            video[..., ::stride, ::stride], dtype=np.float32
+        )
         described.append({"latents": latents.shape, "stride": stride})
     metadata = {"kernel_scale": str(KERNEL_SCALE), "cases": json.dumps(described)}
     path = folder / f"reference_{name}.safetensors"

@@ -115,7 +115,7 @@ def test_blocks_cover_an_axis_and_hold_every_window(span, kernel, block, aligned
     seen = windows(span.size, kernel)
     position = span.start
     for group in blocks_of(span, kernel, block, aligned):
-        for number in range(group.count):
+        for number in range(group.repeats):
             one = group.part(number, number + 1)
             assert one.first == position and one.queries <= block
             for i, start in enumerate(one.starts):
@@ -128,7 +128,7 @@ def test_blocks_cover_an_axis_and_hold_every_window(span, kernel, block, aligned
 def test_aligned_blocks_are_the_same_in_every_window():
     first, *others = blocks_of(Span(43, 83, 400), 11, 8, True)
     assert (first.first, first.queries) == (43, 5)
-    assert [(b.first, b.count, b.queries) for b in others] == [(48, 4, 8), (80, 1, 3)]
+    assert [(b.first, b.repeats, b.queries) for b in others] == [(48, 4, 8), (80, 1, 3)]
 
 
 @pytest.mark.parametrize(("copying", "most"), [(96, 3.5), (8, 2.1)])

@@ -17,7 +17,7 @@ from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.regions import Span, Window
 
-VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
+VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3", "ltx-2.3-pruna")
 DATA = Path(__file__).parent / "data"
 
 LTX_2_3 = PUBLISHED["ltx-2.3"].config

@@ -90,7 +90,11 @@ def find_config(
             return config
         padding = padding or (isinstance(described, dict) and described.get("spatial_padding_mode")) or None
     try:
-        return DiffusionDecoderConfig.from_shapes(shapes) if kind == "diffusion" else _infer_config(shapes, padding)
+        return (
+            DiffusionDecoderConfig.from_shapes(shapes)
+            if kind == "diffusion"
+            else _infer_config(shapes, padding)
+        )
     except ValueError as error:
         raise ValueError(
             f"{path} comes without a config, and {error}. load_decoder(..., config=...) takes "

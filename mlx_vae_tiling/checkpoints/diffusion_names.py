@@ -58,7 +58,9 @@ def diffusion_parameters(names: Iterable[str], prefix: str) -> dict[str, Stored]
             for pattern, replacement in _RENAMED:
                 short = pattern.sub(replacement, short)
             separate = _SEPARATE.search(short)
-            found.setdefault(_SEPARATE.sub(".qkv.", short), []).append((separate[1] if separate else "", name))
+            found.setdefault(_SEPARATE.sub(".qkv.", short), []).append(
+                (separate[1] if separate else "", name)
+            )
     stored = {}
     for ours, parts in found.items():
         ordered = tuple(name for _, name in sorted(parts, key=lambda part: "qkv".find(part[0])))

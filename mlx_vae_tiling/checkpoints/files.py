@@ -132,7 +132,7 @@ def no_decoder(place: str, headers: Iterable[Header]) -> ValueError:
     shown = ", ".join(beginnings[:8]) + (f" and {len(beginnings) - 8} more" if len(beginnings) > 8 else "")
     expected = ", ".join(f"{prefix}conv_in" for prefix in PREFIXES)
     return ValueError(
-        f"{place} holds no LTX video decoder: the first kernel must be one of {expected}; "
+        f"{place} holds no LTX video decoder: a kernel of rank 5 must begin with one of {expected}; "
         + (
             f"its {len(names)} tensors begin with {shown}"
             if names

@@ -8,16 +8,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.checkpoints.configs import Config
-from mlx_vae_tiling.checkpoints.describe import Source, find_decoder, parameter_shapes
+from mlx_vae_tiling.checkpoints.describe import Source, StoredTensor, find_decoder, parameter_shapes
 from mlx_vae_tiling.checkpoints.tensor_names import Axes
 from mlx_vae_tiling.dtypes import STORED, parse_dtype
 from mlx_vae_tiling.media.safetensors_header import TensorEntry
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
 
 
 def load_decoder(
     source: Source, *, dtype: mx.Dtype | str | None = None, config: Config | None = None
-) -> VideoDecoder:
+) -> StreamingDecoder:
     """Loads a video decoder from any published file layout.
 
     Only the decoder's tensors are read, one by one, also from a checkpoint of a whole model.

@@ -8,7 +8,7 @@ from typing import NoReturn
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.cli import decode, info, plan
 from mlx_vae_tiling.cli.printing import NAME
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.published import NAMES
 
 COMMANDS = {"decode": decode, "plan": plan, "info": info}
 
@@ -37,7 +37,7 @@ def new_parser() -> Parser:
         module.add_arguments(command)
         command.add_argument(
             "--config",
-            help=f"for a VAE that tells no version: {', '.join(PUBLISHED)}, or its config in a .json file",
+            help=f"for a VAE that tells no version: {', '.join(NAMES)}, or its config in a .json file",
         )
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

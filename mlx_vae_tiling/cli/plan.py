@@ -14,9 +14,8 @@ from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.base import Config, StreamingDecoder
+from mlx_vae_tiling.vae.published import NAMES, AnyConfig
 
 PURPOSE = "say what a decode will take, without decoding"
 EXAMPLES = """
@@ -31,13 +30,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declares the arguments of this command alone."""
     command.add_argument("latents", nargs="?", metavar="LATENTS", help='saved latents, or "demo"')
     command.add_argument("--shape", metavar="FxHxW", help="size in latents, in their place")
-    add_planning(command, named=f", or one of {', '.join(PUBLISHED)}")
+    add_planning(command, named=f", or one of {', '.join(NAMES)}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
-    if args.vae in PUBLISHED and not Path(args.vae).exists():
-        config, stored = PUBLISHED[args.vae].config, "bfloat16"
+    if args.vae in NAMES and not Path(args.vae).exists():
+        config, stored = NAMES[args.vae].config, "bfloat16"
     else:
         info = describe_checkpoint(args.vae, config=parse_config(args.config))
         config, stored = info.config, info.dtype
@@ -74,17 +73,17 @@ def add_planning(command: argparse.ArgumentParser, named: str = "") -> None:
     add("--latent-size", metavar="FxHxW", help="of packed latents (B, F*H*W, C)")
 
 
-def read_given_latents(args: argparse.Namespace, config: DecoderConfig) -> SavedLatents:
+def read_given_latents(args: argparse.Namespace, config: Config) -> SavedLatents:
     """Reads LATENTS as the arguments say."""
     size = parse_size("--latent-size", args.latent_size)
     return read_latents(args.latents, key=args.key, latent_size=size, channels=config.latent_channels)
 
 
 def plan_for(
-    args: argparse.Namespace, decoder: VideoDecoder | DecoderConfig, shape: tuple[int, ...], dtype: mx.Dtype
+    args: argparse.Namespace, decoder: StreamingDecoder | AnyConfig, shape: tuple[int, ...], dtype: mx.Dtype
 ) -> DecodePlan:
     """Plans a decode as the arguments say."""
-    config = decoder if isinstance(decoder, DecoderConfig) else decoder.config
+    config = decoder.config if isinstance(decoder, StreamingDecoder) else decoder
     return plan_decode(
         decoder,
         shape,

@@ -17,8 +17,8 @@ from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import blending_bytes, plan_tiles
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.build import build_decoder
+from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Region, Span, Window
 
 ARRAY_ELEMENTS = 2**31
@@ -35,7 +35,7 @@ MOST_WINDOWS = 64
 
 
 def plan_decode(
-    decoder: StreamingDecoder | DecoderConfig,
+    decoder: StreamingDecoder | AnyConfig,
     latent_shape: tuple[int, ...],
     *,
     memory_limit: int | float | str | None = None,
@@ -66,8 +66,8 @@ def plan_decode(
     Raises:
         ValueError: If the shape or the limit makes no sense.
     """
-    if isinstance(decoder, DecoderConfig):
-        decoder, dtype = VideoDecoder(decoder), dtype or mx.bfloat16
+    if not isinstance(decoder, StreamingDecoder):
+        decoder, dtype = build_decoder(decoder), dtype or mx.bfloat16
     channels = decoder.config.latent_channels
     if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
         raise ValueError(

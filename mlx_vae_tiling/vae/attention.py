@@ -31,14 +31,14 @@ class Blocks(NamedTuple):
     Attributes:
         first: First query of the first of them.
         first_key: First key of the first of them.
-        count: How many there are.
+        repeats: How many there are.
         queries, keys: Positions of each.
         starts: Of each query of a block, where its window starts among the block's keys.
     """
 
     first: int
     first_key: int
-    count: int
+    repeats: int
     queries: int
     keys: int
     starts: tuple[int, ...]
@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
     def part(self, start: int, stop: int) -> Blocks:
         """The blocks start to stop - 1 of these."""
         offset = start * self.queries
-        return self._replace(first=self.first + offset, first_key=self.first_key + offset, count=stop - start)
+        return self._replace(first=self.first + offset, first_key=self.first_key + offset, repeats=stop - start)
 
 
 def window_start(position: int, kernel: int, size: int) -> int:
@@ -76,7 +76,7 @@ def blocks_of(span: Span, kernel: int, block: int, aligned: bool) -> tuple[Block
     merged: list[Blocks] = []
     for _, alike in groupby(found, key=lambda b: (b.queries, b.starts, b.first_key - b.first)):
         group = list(alike)
-        merged.append(group[0]._replace(count=len(group)))
+        merged.append(group[0]._replace(repeats=len(group)))
     return tuple(merged)
 
 
@@ -96,12 +96,13 @@ def block_for(kernel: Stride, queries: Stride, copying: int) -> Stride:
         keys = math.prod(b + k - 1 for b, k in zip(block, kernel, strict=True))
         return keys * (count + copying) / count if count <= BLOCK_QUERIES else math.inf
 
-    return min(product(*options), key=lambda block: (cost(block), block))
+    blocks: list[Stride] = [(t, h, w) for t, h, w in product(*options)]
+    return min(blocks, key=lambda block: (cost(block), block))
 
 
 def attention_pairs(kernel: Stride, queries: Region, block: Stride) -> int:
     """Pairs of a query and a key whose product is computed for a region of queries."""
-    sums = [sum(b.count * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries, block)]
+    sums = [sum(b.repeats * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries, block)]
     return math.prod(sums)
 
 
@@ -143,7 +144,7 @@ def neighbourhood_attention(
     kv = mx.contiguous(kv)
     times, rows, columns = _axes(kernel, queries, block)
     frames = []
-    for time in (t.part(i, i + 1) for t in times for i in range(t.count)):
+    for time in (t.part(i, i + 1) for t in times for i in range(t.repeats)):
         bands = []
         for band in rows:
             strips = []
@@ -154,7 +155,7 @@ def neighbourhood_attention(
                     _attend(q, kv, mask, (time, *part), queries, keys)
                     for part in _portions(band, strip, max(1, pairs // per_block))
                 ]
-                shape = b, time.queries, -1, strip.count * strip.queries, heads, width
+                shape = b, time.queries, -1, strip.repeats * strip.queries, heads, width
                 strips.append(_joined(parts, band, strip, shape))
             bands.append(mx.concatenate(strips, axis=3) if len(strips) > 1 else strips[0])
         frames.append(mx.concatenate(bands, axis=2) if len(bands) > 1 else bands[0])
@@ -164,14 +165,14 @@ def neighbourhood_attention(
 
 def _portions(band: Blocks, strip: Blocks, most: int) -> Iterator[tuple[Blocks, Blocks]]:
     """Parts of a grid of blocks with at most so many blocks each: whole rows of it, or parts of a row."""
-    if most >= strip.count:
-        rows = most // strip.count
-        for start in range(0, band.count, rows):
-            yield band.part(start, min(start + rows, band.count)), strip
+    if most >= strip.repeats:
+        rows = most // strip.repeats
+        for start in range(0, band.repeats, rows):
+            yield band.part(start, min(start + rows, band.repeats)), strip
         return
-    for row in range(band.count):
-        for start in range(0, strip.count, most):
-            yield band.part(row, row + 1), strip.part(start, min(start + most, strip.count))
+    for row in range(band.repeats):
+        for start in range(0, strip.repeats, most):
+            yield band.part(row, row + 1), strip.part(start, min(start + most, strip.repeats))
 
 
 def _joined(parts: list[mx.array], band: Blocks, strip: Blocks, shape: tuple[int, ...]) -> mx.array:
@@ -180,7 +181,7 @@ def _joined(parts: list[mx.array], band: Blocks, strip: Blocks, shape: tuple[int
         return parts[0]
     if parts[0].shape[3] == shape[3]:
         return mx.concatenate(parts, axis=2)
-    each = len(parts) // band.count
+    each = len(parts) // band.repeats
     rows = [mx.concatenate(parts[i : i + each], axis=3) for i in range(0, len(parts), each)]
     return mx.concatenate(rows, axis=2)
 
@@ -195,10 +196,10 @@ def _attend(
 ) -> mx.array:
     """Computes a grid of equal blocks; evaluated, so that the copies of their keys can go."""
     b, *_, heads, width = q.shape
-    counts = [g.count for g in blocks[1:]]
+    counts = [g.repeats for g in blocks[1:]]
     sizes = [g.queries for g in blocks]
-    block_q = _gathered(q, [(g.first, g.count, g.queries, g.queries) for g in blocks], queries)
-    gathered = _gathered(kv, [(g.first_key, g.count, g.queries, g.keys) for g in blocks], keys)
+    block_q = _gathered(q, [(g.first, g.repeats, g.queries, g.queries) for g in blocks], queries)
+    gathered = _gathered(kv, [(g.first_key, g.repeats, g.queries, g.keys) for g in blocks], keys)
     block_k, block_v = gathered[:, :, 0], gathered[:, :, 1]
     out = mx.fast.scaled_dot_product_attention(
         *(x.transpose(0, 2, 1, 3) for x in (block_q, block_k, block_v)), scale=1.0, mask=mask

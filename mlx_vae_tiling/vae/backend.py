@@ -162,7 +162,7 @@ class Backend:
         """Queries whose products with a key take as long as copying it: modelled, at 13 TFLOP/s and 400 GB/s."""
         return 96
 
-    def norm_bytes(self, made: int, itemsize: int) -> int:
+    def rms_norm_bytes(self, made: int, itemsize: int) -> int:
         """What normalising takes, its result included."""
         return itemsize * made
 
@@ -250,7 +250,7 @@ class CPUBackend(Backend):
     def queries_per_key_copy(self) -> int:
         return 8
 
-    def norm_bytes(self, made: int, itemsize: int) -> int:
+    def rms_norm_bytes(self, made: int, itemsize: int) -> int:
         """In several copies, in float32."""
         return (8 + itemsize) * made
 

@@ -72,8 +72,12 @@ class DecoderConfig:
             )
         if self.norm_layer != "pixel_norm":
             raise ValueError(f"norm_layer must be 'pixel_norm', got {self.norm_layer!r}")
+        made = self.bottleneck_channels
         for index, (block, width) in enumerate(self.blocks()):
             _check_block(index, block, width)
+            made = block.after(width)
+        if made != self.base_channels:
+            raise ValueError(f"decoder_blocks must end with base_channels ({self.base_channels}), got {made}")
 
     @classmethod
     def from_original(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -220,7 +224,9 @@ def _check_block(index: int, block: Block, width: int) -> None:
     where = f"decoder_blocks[{index}]"
     if isinstance(block, ResBlockNarrowing) and block.widths:
         if block.widths[0] != width or min(block.widths) < 1:
-            raise ValueError(f"{where}: widths must begin with the {width} channels received, got {block.widths}")
+            raise ValueError(
+                f"{where}: widths must begin with the {width} channels received, got {block.widths}"
+            )
         return
     if isinstance(block, ResBlocks):
         if block.num_layers < 1:

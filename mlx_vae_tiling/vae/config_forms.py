@@ -87,11 +87,6 @@ def read_shapes(
 
 
 def check_class(name: str) -> None:
-    if name in ("CausalDiffusionVAE", "LTX2VideoDiffusionDecoderModel"):
-        raise ValueError(
-            f"diffusion decoders are not supported, got {name}; LTX-2.5's convolutional file "
-            "ltx-2.5-video-vae-conv-bf16.safetensors decodes the same latents"
-        )
     if name != "CausalVideoAutoencoder":
         raise ValueError(f"the VAE must be a CausalVideoAutoencoder, got {name}: not an LTX video VAE")
 

@@ -67,7 +67,9 @@ class DiffusionDecoder(StreamingDecoder):
         self.t_embedder = TimestepEmbedder(config.timestep_channels)
         self.conv_in_x_t = nn.Linear(patch, last)
         self.shared_adaln = SharedModulation(config.timestep_channels, last)
-        self.diff_blocks = [DiffusionNABlock(last, kernels[-1], config) for _ in range(config.stage_depths[-1])]
+        self.diff_blocks = [
+            DiffusionNABlock(last, kernels[-1], config) for _ in range(config.stage_depths[-1])
+        ]
         self.norm_out = nn.RMSNorm(last, EPS)
         self.conv_out = nn.Linear(last, patch)
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels)
@@ -139,13 +141,17 @@ class DiffusionDecoder(StreamingDecoder):
         added = [self._pixel_padding.added(axis, n) for axis, n in enumerate(size)]
         padded = [before + n + behind for n, (before, behind) in zip(size, added, strict=True)]
         if given.shape not in ((b, channels, *size), (b, channels, *padded)):
-            raise ValueError(f"noise must have the shape of the frames {(b, channels, *size)}, got {given.shape}")
+            raise ValueError(
+                f"noise must have the shape of the frames {(b, channels, *size)}, got {given.shape}"
+            )
         if given.shape != (b, channels, *padded):
             region = Region(*(Span(0, n, n) for n in padded))
             scales = self.config.temporal_scale, self.config.spatial_scale
-            inner = tuple(slice(before, before + n) for n, (before, _) in zip(size, added, strict=True))
+            time, rows, columns = (
+                slice(before, before + n) for n, (before, _) in zip(size, added, strict=True)
+            )
             around = drawn.pixels(region, b, channels, scales)
-            around[(slice(None), slice(None), *inner)] = given
+            around[:, :, time, rows, columns] = given
             given = around
         return dataclasses.replace(drawn, given=given)
 
@@ -246,7 +252,7 @@ class DiffusionDecoder(StreamingDecoder):
     def _predicted_taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume
         patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
-        normed = where.backend.norm_bytes(positions * width, where.dtype.size)
+        normed = where.backend.rms_norm_bytes(positions * width, where.dtype.size)
         return Taken(max(normed, positions * (width + patch) * where.dtype.size), positions * width)
 
     def _advanced(self, inputs: Inputs, where: Where, time: float, dt: float) -> mx.array:

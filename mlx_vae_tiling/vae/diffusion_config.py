@@ -13,6 +13,7 @@ from mlx_vae_tiling.vae.regions import Stride
 
 ORIGINAL_CLASS = "CausalDiffusionVAE"
 DIFFUSERS_CLASS = "LTX2VideoDiffusionDecoderModel"
+_ORIGINAL_KEYS = ("stage_channels", "stage_depths", "stage_kernels", "upsamples")
 MODULATIONS = 7
 """Rows of a block's table: scale and shift of attention and MLP, and three gates that nothing reads."""
 
@@ -70,7 +71,9 @@ class DiffusionDecoderConfig:
             )
         for width in self.stage_channels:
             if width % self.head_dim:
-                raise ValueError(f"stage_channels must be multiples of head_dim ({self.head_dim}), got {width}")
+                raise ValueError(
+                    f"stage_channels must be multiples of head_dim ({self.head_dim}), got {width}"
+                )
         if self.head_dim % 8:
             raise ValueError(f"head_dim must be a multiple of 8, got {self.head_dim}")
         for index, (_, divisor) in enumerate(self.upsamples):
@@ -96,6 +99,9 @@ class DiffusionDecoderConfig:
         if vae.get("_class_name") != ORIGINAL_CLASS:
             raise ValueError(f"the VAE must be a {ORIGINAL_CLASS}, got {vae.get('_class_name')}")
         decoder = vae.get("decoder", vae)
+        missing = [name for name in _ORIGINAL_KEYS if name not in decoder]
+        if missing:
+            raise ValueError(f"the config of a diffusion decoder needs {', '.join(missing)}, got {sorted(decoder)}")
         channels, kernels = decoder["stage_channels"], [tuple(k) for k in decoder["stage_kernels"]]
         if decoder.get("stage5_channels", channels[-1]) != channels[-1]:
             raise ValueError(
@@ -209,6 +215,19 @@ class DiffusionDecoderConfig:
         return least[0], least[1], least[2]
 
     @property
+    def receptive_field(self) -> tuple[float, float, float]:
+        """How far one output depends on latents to either side, in latents: time, height, width.
+
+        Inside of the video: the sum over all blocks of half their windows / (the scale at which they run).
+        """
+        scale, reach = [1, 1, 1], [0.0, 0.0, 0.0]
+        strides = [*(stride for stride, _ in self.upsamples), (1, 1, 1)]
+        for kernel, depth, stride in zip(self.stage_kernels, self.stage_depths, strides, strict=True):
+            reach = [r + depth * (k // 2) / s for r, k, s in zip(reach, kernel, scale, strict=True)]
+            scale = [s * factor for s, factor in zip(scale, stride, strict=True)]
+        return reach[0], reach[1], reach[2]
+
+    @property
     def parameters(self) -> int:
         """Parameters of the decoder, without the per-channel statistics."""
         wide, last = self.stage_channels[0], self.stage_channels[-1]
@@ -219,13 +238,17 @@ class DiffusionDecoderConfig:
         ):
             count += depth * self.block_parameters(width)
             count += (width + 1) * width * math.prod(stride) // divisor
-        count += self.stage_depths[-1] * (self.block_parameters(last) + (last + 1) * last + MODULATIONS * last)
+        count += self.stage_depths[-1] * (
+            self.block_parameters(last) + (last + 1) * last + MODULATIONS * last
+        )
         count += (TIMESTEP_FEATURES + 1) * time + (time + 1) * time
         return count + (time + 1) * MODULATIONS * last
 
     def block_parameters(self, width: int) -> int:
         """Parameters of one block of a deterministic stage."""
-        return 2 * width + 4 * (width + 1) * width + 2 * self.head_dim + 3 * width * self.hidden_channels(width)
+        return (
+            2 * width + 4 * (width + 1) * width + 2 * self.head_dim + 3 * width * self.hidden_channels(width)
+        )
 
     @staticmethod
     def hidden_channels(width: int) -> int:

@@ -103,7 +103,11 @@ class Noise:
         columns = slice(left + region.width.start, left + region.width.stop)
         if self.given is not None:
             return self.given[:, :, frames.start : frames.stop, rows, columns]
-        size = max(self.size[0] * side, rows.stop), max(self.size[1] * side, columns.stop)
+        # A clip that is padded is larger than its latents say.
+        size = (
+            max(self.size[0] * side, top + region.height.size),
+            max(self.size[1] * side, left + region.width.size),
+        )
         base = mx.random.split(mx.random.key(self.seed))[1]
         drawn = []
         for frame in frames:

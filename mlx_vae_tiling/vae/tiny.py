@@ -38,7 +38,9 @@ class FrameConvolution(nn.Module):
         bias: Whether it has one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, side: int = 3, groups: int = 1, bias: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, side: int = 3, groups: int = 1, bias: bool = True
+    ):
         super().__init__()
         self.weight = mx.zeros((out_channels, side, side, in_channels // groups))
         if bias:
@@ -87,7 +89,9 @@ class MemoryBlock(nn.Module):
         first, _, second, _, third = self.conv
         c = self._channels
         return [
-            Step(self._first, self._taken(first, 4), (Read(producer, Neighbours(1, 1)),), c, first.operations),
+            Step(
+                self._first, self._taken(first, 4), (Read(producer, Neighbours(1, 1)),), c, first.operations
+            ),
             Step(self._second, self._taken(second, 2), (Read(producer + 1, HERE),), c, second.operations),
             Step(
                 self._third,
@@ -194,7 +198,11 @@ class TinyDecoder(StreamingDecoder):
         super().__init__()
         self.config = config
         widths, patch = config.widths, config.out_channels * config.patch_size**2
-        layers: list[nn.Module] = [nn.Identity(), FrameConvolution(config.latent_channels, widths[0]), nn.ReLU()]
+        layers: list[nn.Module] = [
+            nn.Identity(),
+            FrameConvolution(config.latent_channels, widths[0]),
+            nn.ReLU(),
+        ]
         for width, following in zip(widths[:-1], widths[1:], strict=True):
             for _ in range(config.blocks):
                 layers.append(
@@ -262,8 +270,8 @@ class TinyDecoder(StreamingDecoder):
 
     def _prepared(self, inputs: Inputs, where: Where) -> mx.array:
         """Latents (B, C, F, H, W), softly clamped to 3, channels last."""
-        _, *spans = None, *where.output
-        z = inputs[0][(slice(None), slice(None), *(span.slice for span in spans))].astype(mx.float32)
+        time, height, width = (span.slice for span in where.output)
+        z = inputs[0][:, :, time, height, width].astype(mx.float32)
         return mx.contiguous((mx.tanh(z / 3) * 3).transpose(0, 2, 3, 4, 1).astype(self.dtype))
 
     def _prepared_taken(self, where: Where) -> Taken:

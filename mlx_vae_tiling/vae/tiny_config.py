@@ -47,7 +47,7 @@ class TinyDecoderConfig:
 
     @classmethod
     def from_shapes(cls, name_to_shape: Mapping[str, Sequence[int]]) -> TinyDecoderConfig:
-        """From the shapes of the tensors in torch's order, under the names of the published files.
+        """From the shapes of the tensors, kernels as (O, H, W, I), under the names of the published files.
 
         Raises:
             ValueError: If they are not those of a tiny decoder of LTX latents.
@@ -60,18 +60,23 @@ class TinyDecoderConfig:
             grown = shapes.get((str(number), "conv", "weight"))
             count += (str(number), "conv", "0", "weight") in shapes
             if grown:
-                levels.append((grown[1], grown[0] // grown[1]))
+                levels.append((grown[-1], grown[0] // grown[-1]))
                 blocks.append(count)
                 count = 0
         last = max((int(name[0]) for name in shapes if name and name[0].isdigit()), default=0)
         first, out = shapes.get(("1", "weight")), shapes.get((str(last), "weight"))
-        if first is None or out is None or [growth for _, growth in levels] != [2] * LEVELS or len(set(blocks)) != 1:
+        if (
+            first is None
+            or out is None
+            or [growth for _, growth in levels] != [2] * LEVELS
+            or len(set(blocks)) != 1
+        ):
             raise ValueError("these are not the tensors of a tiny decoder of LTX latents (taeltx)")
         return cls(
-            widths=(*(width for width, _ in levels), out[1]),
+            widths=(*(width for width, _ in levels), out[-1]),
             blocks=blocks[0],
             wide=("3", "conv", "6", "weight") in shapes,
-            latent_channels=first[1],
+            latent_channels=first[-1],
             patch_size=math.isqrt(out[0] // 3),
         )
 
@@ -84,6 +89,15 @@ class TinyDecoderConfig:
     def temporal_scale(self) -> int:
         """Frames per latent: F latents give temporal_scale * (F - 1) + 1 frames."""
         return 2**LEVELS
+
+    @property
+    def receptive_field(self) -> tuple[float, float, float]:
+        """How far one output depends on latents in the past, and to either side in height and width, in latents."""
+        convolutions = self.blocks * (2 if self.wide else 3)
+        scales = [2**level for level in range(LEVELS)]
+        time = sum(self.blocks / scale for scale in scales)
+        space = 1 + sum(convolutions / scale + 1 / (2 * scale) for scale in scales) + 1 / 2**LEVELS
+        return time, space, space
 
     def groups(self, width: int) -> int:
         """Groups of the wide decoder's 3x3 convolutions."""

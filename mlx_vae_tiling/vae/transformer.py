@@ -229,7 +229,13 @@ class PixelShuffle(nn.Module):
 
     def step(self, producer: int) -> Step:
         need = Upsampling(self._stride)
-        return Step(self._shuffled, self._taken, (Read(producer, need),), self._out // self._positions, self._operations)
+        return Step(
+            self._shuffled,
+            self._taken,
+            (Read(producer, need),),
+            self._out // self._positions,
+            self._operations,
+        )
 
     def _shuffled(self, inputs: Inputs, where: Where) -> mx.array:
         y = where.backend.computed(depth_to_space(where.backend.computed(self.proj(inputs[0])), self._stride))
