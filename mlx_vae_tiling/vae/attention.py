@@ -117,6 +117,24 @@ def _axes(kernel: Stride, queries: Region, block: Stride) -> list[tuple[Blocks, 
     return [blocks_of(queries[axis], kernel[axis], block[axis], aligned=axis > 0) for axis in range(3)]
 
 
+def attention_calls(
+    kernel: Stride, queries: Region, block: Stride, repeated: int, pairs: int
+) -> Iterator[tuple[int, int, int]]:
+    """Of the largest calls of `neighbourhood_attention`, products, keys and queries, summed over their blocks.
+
+    Args:
+        kernel, queries, block, pairs: As there.
+        repeated: Heads times batch entries.
+    """
+    for time, band, strip in product(*_axes(kernel, queries, block)):
+        count = math.prod(g.queries for g in (time, band, strip))
+        keys = math.prod(g.keys for g in (time, band, strip))
+        blocks = max(1, pairs // (count * keys * repeated))
+        if blocks >= strip.repeats:
+            blocks = min(blocks // strip.repeats, band.repeats) * strip.repeats
+        yield blocks * count * keys, blocks * keys, blocks * count
+
+
 def neighbourhood_attention(
     q: mx.array,
     kv: mx.array,

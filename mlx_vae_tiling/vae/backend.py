@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.convolution import WORKSPACE_BYTES, ConvolutionForm, convolve, convolve_frames
+from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve, convolve_frames
 from mlx_vae_tiling.vae.operations import Activation, Padding, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
@@ -70,6 +70,14 @@ class ConvolutionSize(NamedTuple):
     made: int
     weights: int
     activated: bool
+
+
+class AttentionSize(NamedTuple):
+    """Numbers of elements of a call of attention: scores, keys with values, and queries."""
+
+    pairs: int
+    gathered: int
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -148,13 +156,13 @@ class Backend:
         y = mx.conv2d(x.reshape(b * t, *size), weight, groups=groups)
         return y.reshape(b, t, *y.shape[1:])
 
-    def frame_convolution_bytes(self, padded: int, made: int, columns: int, itemsize: int) -> int:
-        """What `convolve_frames` takes, with a padded input; `columns` are those that one row unfolds to."""
-        return itemsize * (padded + 3 * made)
+    def frame_convolution_bytes(self, padded: int, made: int, weights: int, itemsize: int) -> int:
+        """What `convolve_frames` takes for its padded input, its output and both at once."""
+        return itemsize * (padded + 2 * made)
 
     @property
     def tile_elements(self) -> int:
-        """Elements of the widest array that transformer layers compute at once, where they work by tiles."""
+        """Elements of the widest array that layers of transformers compute at once, where they work by tiles."""
         return 2**26
 
     @property
@@ -162,13 +170,25 @@ class Backend:
         """Queries whose products with a key take as long as copying it: modelled, at 13 TFLOP/s and 400 GB/s."""
         return 96
 
-    def rms_norm_bytes(self, made: int, itemsize: int) -> int:
+    def rms_norm_bytes(self, given: int, itemsize: int) -> int:
         """What normalising takes, its result included."""
-        return itemsize * made
+        return itemsize * given
 
-    def attention_bytes(self, pairs: int, itemsize: int) -> int:
-        """What attention takes for so many pairs of queries and keys: copies of keys, no matrix of scores."""
-        return itemsize * pairs
+    def keys_bytes(self, given: int, itemsize: int) -> int:
+        """What making keys and values of so many elements takes, both included."""
+        return (5 * itemsize + 16) * given
+
+    def queries_bytes(self, given: int, itemsize: int) -> int:
+        """What making queries of so many elements takes, these included."""
+        return (4 * itemsize + 16) * given
+
+    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
+        """What an MLP with so many hidden elements takes, its result included."""
+        return 4 * itemsize * hidden
+
+    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
+        """What a call of attention takes, its result included: copies of keys, but no matrix of scores."""
+        return itemsize * (2 * size.gathered + 3 * size.queries)
 
 
 @dataclass(frozen=True)
@@ -238,25 +258,35 @@ class CPUBackend(Backend):
     def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
         return convolve_frames(x, weight, groups)
 
-    def frame_convolution_bytes(self, padded: int, made: int, columns: int, itemsize: int) -> int:
-        """With the unfolded rows of a block, in float32."""
-        return itemsize * (padded + 2 * made) + 4 * max(2 * columns, WORKSPACE_BYTES // 2)
+    def frame_convolution_bytes(self, padded: int, made: int, weights: int, itemsize: int) -> int:
+        """Both in float32; in half precision the input twice, and the output when it is rounded."""
+        if itemsize == 4:
+            return 4 * (padded + made)
+        return max(6 * padded + 4 * (weights + made), 2 * padded + 6 * made)
 
     @property
     def tile_elements(self) -> int:
-        return 2**22
+        return 2**20
 
     @property
     def queries_per_key_copy(self) -> int:
         return 8
 
-    def rms_norm_bytes(self, made: int, itemsize: int) -> int:
-        """In several copies, in float32."""
-        return (8 + itemsize) * made
+    def rms_norm_bytes(self, given: int, itemsize: int) -> int:
+        return given * (8 if itemsize == 4 else 14)
 
-    def attention_bytes(self, pairs: int, itemsize: int) -> int:
-        """The CPU has no fused attention: scores, masked and normalised, lie in memory."""
-        return (4 + 4 * itemsize) * pairs
+    def keys_bytes(self, given: int, itemsize: int) -> int:
+        return given * (46 if itemsize == 4 else 56)
+
+    def queries_bytes(self, given: int, itemsize: int) -> int:
+        return given * (34 if itemsize == 4 else 50)
+
+    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
+        return hidden * (11 if itemsize == 4 else 8)
+
+    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
+        """The CPU has no fused attention: the scores lie in memory."""
+        return itemsize * (size.pairs + 2 * size.gathered + 5 * size.queries)
 
 
 def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:

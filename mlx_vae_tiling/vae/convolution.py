@@ -120,7 +120,7 @@ def _multiply_shifts(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: n
 
 
 def convolve_frames(x: mx.array, weight: mx.array, groups: int) -> mx.array:
-    """Valid 3x3 convolution of single frames, by blocks of rows, each evaluated before the next.
+    """Valid 3x3 convolution of single frames with NumPy's BLAS, as `_numpy`.
 
     Args:
         x: (B, T, H+2, W+2, C).
@@ -131,20 +131,21 @@ def convolve_frames(x: mx.array, weight: mx.array, groups: int) -> mx.array:
         (B, T, H, W, O) in the dtype of x.
     """
     b, t, h, w, c = x.shape
-    rows = max(1, WORKSPACE_BYTES // (4 * 9 * (c // groups) * (w - 2)))
-    # A grouped convolution is a slow loop on the CPU.
-    kernels, inputs = mx.split(weight, groups), mx.split(x.reshape(b * t, h, w, c), groups, axis=-1)
-    frames = []
-    for frame in range(b * t):
-        blocks = []
+    x32, weight32 = (mx.contiguous(a.astype(mx.float32)) for a in (x, weight))
+    mx.eval(x32, weight32)
+    out = mx.zeros((b, t, h - 2, w - 2, weight.shape[0]))
+    mx.eval(out)
+    taps = np.lib.stride_tricks.sliding_window_view(np.array(x32, copy=False), (3, 3), axis=(2, 3))
+    taps = taps.transpose(0, 1, 2, 3, 5, 6, 4)
+    matrices = np.array(weight32, copy=False).reshape(groups, weight.shape[0] // groups, -1)
+    view, inner, made = np.array(out, copy=False), c // groups, weight.shape[0] // groups
+    rows = max(1, WORKSPACE_BYTES // (4 * 9 * inner * (w - 2)))
+    for n, f, g in np.ndindex(b, t, groups):
         for start in range(0, h - 2, rows):
-            part = slice(start, start + rows + 2)
-            done = [mx.conv2d(i[frame : frame + 1, part], k) for i, k in zip(inputs, kernels, strict=True)]
-            blocks.append(mx.concatenate(done, axis=-1) if groups > 1 else done[0])
-            mx.eval(blocks[-1])
-        frames.append(mx.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0])
-        mx.eval(frames[-1])
-    return mx.concatenate(frames).reshape(b, t, h - 2, w - 2, -1)
+            part = taps[n, f, start : start + rows, ..., g * inner : (g + 1) * inner]
+            product = part.reshape(-1, 9 * inner) @ matrices[g].T
+            view[n, f, start : start + rows, :, g * made : (g + 1) * made] = product.reshape(*part.shape[:2], -1)
+    return out.astype(x.dtype)
 
 
 FORMS: dict[ConvolutionForm, Callable[[mx.array, mx.array, mx.array], mx.array]] = {

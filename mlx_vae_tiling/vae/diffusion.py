@@ -224,7 +224,7 @@ class DiffusionDecoder(StreamingDecoder):
 
     def _prepared_taken(self, where: Where) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
-        return Taken(made * (3 * 4 + where.dtype.size), made)
+        return Taken(made * (5 * 4 + where.dtype.size), made)
 
     def _noise(self, where: Where) -> mx.array:
         """Patches of the noise of a region of patches."""
@@ -243,8 +243,10 @@ class DiffusionDecoder(StreamingDecoder):
     def _entered_taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume
         patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
-        noise = positions * patch * (12 if len(where.inputs) == 1 else 0)
-        return Taken(noise + positions * (patch + 3 * width) * where.dtype.size, positions * width)
+        # The noise is drawn in float32 by the frame, joined and cut to patches.
+        drawing = positions * patch * 12 * (len(where.inputs) == 1)
+        mixing = positions * (patch + 3 * width) * where.dtype.size
+        return Taken(max(drawing, mixing), positions * width)
 
     def _predicted(self, inputs: Inputs, where: Where) -> mx.array:
         return self.conv_out(where.backend.computed(self.norm_out(inputs[0])))

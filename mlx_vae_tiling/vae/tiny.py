@@ -65,14 +65,10 @@ class FrameConvolution(nn.Module):
         return 2 * self.weight.size
 
     def bytes_taken(self, where: Where) -> int:
-        """What a call takes beside its input."""
-        if self._side == 1:
-            made = where.batch * where.inputs[0].volume * self._out
-            return 2 * made * where.dtype.size
+        """What a 3x3 call takes, its result included."""
         t, h, w = (span.length for span in where.output)
         padded, made = where.batch * t * (h + 2) * (w + 2) * self._in, where.batch * t * h * w * self._out
-        columns = where.batch * w * 9 * self._in
-        return where.backend.frame_convolution_bytes(padded, made, columns, where.dtype.size)
+        return where.backend.frame_convolution_bytes(padded, made, self.weight.size, where.dtype.size)
 
 
 class MemoryBlock(nn.Module):
@@ -92,10 +88,10 @@ class MemoryBlock(nn.Module):
             Step(
                 self._first, self._taken(first, 4), (Read(producer, Neighbours(1, 1)),), c, first.operations
             ),
-            Step(self._second, self._taken(second, 2), (Read(producer + 1, HERE),), c, second.operations),
+            Step(self._second, self._taken(second, 0), (Read(producer + 1, HERE),), c, second.operations),
             Step(
                 self._third,
-                self._taken(third, 3),
+                self._taken(third, 0),
                 (Read(producer + 2, HERE), Read(producer, Same())),
                 c,
                 third.operations,
@@ -137,8 +133,8 @@ class WideMemoryBlock(nn.Module):
         reads = (Read(producer + 1, HERE), Read(producer, Same()))
         operations = [mix.operations + first.operations, mix_again.operations + second.operations]
         taken = [
-            partial(_convolution_taken, layer=layer, channels=c, copies=copies)
-            for layer, copies in ((first, 5), (second, 4))
+            partial(_convolution_taken, layer=layer, channels=c, copies=1, before=3)
+            for layer in (first, second)
         ]
         return [
             Step(self._first, taken[0], (Read(producer, Neighbours(1, 1)),), c, operations[0]),
@@ -179,8 +175,9 @@ class Grow(nn.Module):
         return cut(where.backend.computed(x), parts)
 
     def _taken(self, where: Where) -> Taken:
-        made = 8 * where.batch * where.inputs[0].volume * self._channels
-        return Taken(made * 9 // 4 * where.dtype.size, made)
+        given = where.batch * where.inputs[0].volume * self._channels
+        made, kept = 8 * given, where.batch * where.output.volume * self._channels
+        return Taken((made + max(2 * given, kept * (kept < made))) * where.dtype.size, made)
 
 
 class TinyDecoder(StreamingDecoder):
@@ -276,7 +273,7 @@ class TinyDecoder(StreamingDecoder):
 
     def _prepared_taken(self, where: Where) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
-        return Taken(made * (3 * 4 + where.dtype.size), made)
+        return Taken(made * (2 * 4 + where.dtype.size * (where.dtype.size < 4)), made)
 
     def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W') in [-1, 1]."""
@@ -293,7 +290,7 @@ class TinyDecoder(StreamingDecoder):
 
     def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
         made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
-        return Taken(made * (3 * where.dtype.size + dtype.size * (dtype != where.dtype)), made)
+        return Taken(made * (2 * where.dtype.size + dtype.size * (dtype != where.dtype)), made)
 
 
 def with_past(x: mx.array, where: Where) -> mx.array:
@@ -321,9 +318,19 @@ def _convolution_step(
     return Step(compute, taken, (Read(producer, HERE),), layer._out, layer.operations)
 
 
-def _convolution_taken(where: Where, layer: FrameConvolution, channels: int, copies: int) -> Taken:
-    """What a convolution takes, with so many copies of its input beside it."""
+def _convolution_taken(
+    where: Where, layer: FrameConvolution, channels: int, copies: int, before: int = 0
+) -> Taken:
+    """What a convolution takes.
+
+    Args:
+        where: Where it computes.
+        layer: The convolution.
+        channels: Of what is held.
+        copies: Of that, how many lie beside it, and
+        before: how many there are before it begins.
+    """
     given = where.batch * where.inputs[0].volume * channels
-    nbytes = copies * given * where.dtype.size + layer.bytes_taken(where)
+    held = given * where.dtype.size
     made = where.batch * where.output.volume * layer._out
-    return Taken(nbytes, max(given, made))
+    return Taken(max(before * held, copies * held + layer.bytes_taken(where)), max(2 * given, made))

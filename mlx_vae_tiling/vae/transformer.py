@@ -15,12 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.attention import (
+    attention_calls,
     block_for,
     neighbourhood_attention,
     rotary_factors,
     rotated,
 )
-from mlx_vae_tiling.vae.backend import METAL, Taken, Where
+from mlx_vae_tiling.vae.backend import METAL, AttentionSize, Taken, Where
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.layers import sinusoid
@@ -139,8 +140,8 @@ class NABlock(nn.Module):
     def _keys_taken(self, where: Where) -> Taken:
         made, few = self._positions(where, self._frames_at_once(where))
         c, size = self._channels, where.dtype.size
-        kept = 2 * c * size * made * (2 if few < made else 1)
-        return Taken(kept + few * c * (6 * size + 16), 2 * c * made)
+        nbytes = by_frames_bytes(2 * c * size, made, few, where.backend.keys_bytes(few * c, size))
+        return Taken(nbytes, 2 * c * made)
 
     def _block(
         self,
@@ -160,6 +161,7 @@ class NABlock(nn.Module):
             a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], block, pairs)
             x = x + self.attn.proj(a.reshape(x.shape))
             mx.eval(x)
+            del q, a
             x = self._with_mlp(x, modulations[1], where)
             return x if add is None else x + add(inputs[2][:, frames])
 
@@ -177,14 +179,28 @@ class NABlock(nn.Module):
         return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
 
     def _block_taken(self, where: Where) -> Taken:
-        made, few = self._positions(where, self._attention_block(where)[0])
-        c, size = self._channels, where.dtype.size
-        kept = c * size * made * (2 if few < made else 1)
-        queries = few * c * (3 * size + 16)
-        scores = where.backend.attention_bytes(where.backend.tile_elements, size)
-        attending = few * c * 3 * size + scores
-        mixing = few * c * 3 * size + min(few, self._tile(where)) * (3 * self._hidden + 2 * c) * size
-        return Taken(kept + max(queries, attending, mixing), 2 * c * where.batch * where.inputs[0].volume)
+        block, backend = self._attention_block(where), where.backend
+        made, few = self._positions(where, block[0])
+        c, size, heads = self._channels, where.dtype.size, self._heads * where.batch
+        frames, width = where.output.time, c * where.batch
+        rest = frames.length % block[0] or block[0]
+        calls = (
+            AttentionSize(pairs * heads, 2 * keys * width, queries * width)
+            for start in {frames.start, frames.stop - rest}
+            for pairs, keys, queries in attention_calls(
+                self._kernel,
+                where.output.over(start, min(start + block[0], frames.stop)),
+                block,
+                heads,
+                backend.tile_elements,
+            )
+        )
+        call = max(backend.attention_bytes(size_of_call, size) for size_of_call in calls)
+        result = few * c * size
+        attending = 2 * result + call
+        mixing = 2 * result + backend.mlp_bytes(min(few, self._tile(where)) * self._hidden, size)
+        phases = backend.queries_bytes(few * c, size), attending, 4 * result, mixing
+        return Taken(by_frames_bytes(c * size, made, few, max(phases)), 2 * c * where.batch * where.inputs[0].volume)
 
     def _attention_block(self, where: Where) -> Stride:
         t, h, w = (span.length for span in where.output)
@@ -302,6 +318,18 @@ def by_frames(compute: Callable[[Region], mx.array], region: Region, frames: int
         done.append(compute(part))
         mx.eval(done[-1])
     return mx.concatenate(done, axis=1) if len(done) > 1 else done[0]
+
+
+def by_frames_bytes(result: int, made: int, few: int, computing: int) -> int:
+    """What `by_frames` takes.
+
+    Args:
+        result: Bytes of the result per position.
+        made: Positions in all, of which
+        few: are computed at a time.
+        computing: What computing those takes, their result included.
+    """
+    return max(result * (made - few) + computing, 2 * result * made if few < made else 0)
 
 
 def _parts(region: Region, frames: int) -> Iterator[Region]:
