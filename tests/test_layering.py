@@ -87,6 +87,33 @@ def test_arrows_are_found(module, source, arrows):
     assert arrows_back(source, f"{PACKAGE}.{module}") == arrows
 
 
+LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted_name)
+def test_files_and_functions_hold_one_idea(path):
+    """Lines of a file, and of a function besides its docstring."""
+    source = path.read_text()
+    assert len(source.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if documented else 0
+            assert node.end_lineno - node.lineno + 1 - docstring <= LONGEST_FUNCTION, node.name
+
+
+DEVICE_QUESTIONS = ("default_device", "is_available", "device_info", "current_backend()", ".backend.name ==")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted_name)
+def test_only_backends_know_the_device(path):
+    """A backend is passed in; only its own module, and the budget's default, ask for that of the device."""
+    asked = [question for question in DEVICE_QUESTIONS if question in path.read_text()]
+    backends = dict.fromkeys(("vae/backend.py", "vae/backends.py", "vae/metal.py"), DEVICE_QUESTIONS)
+    allowed = {**backends, "runtime/memory.py": ("current_backend()",)}
+    assert set(asked) <= set(allowed.get(path.relative_to(ROOT).as_posix(), ()))
+
+
 def test_import_loads_nothing_optional():
     code = f"import sys, {PACKAGE}; print(*sorted(set(sys.modules) & set({FORBIDDEN!r})))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

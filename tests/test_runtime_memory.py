@@ -84,8 +84,12 @@ def test_available_memory_is_plausible():
     assert 2**26 < available_bytes() < 2**50
 
 
-@pytest.mark.parametrize("key", ["max_recommended_working_set_size", "free_memory"])
-def test_available_on_a_gpu_is_what_is_not_yet_held(key, monkeypatch):
+@pytest.mark.parametrize(
+    ("key", "held_counts"), [("max_recommended_working_set_size", 1), ("free_memory", 0)]
+)
+def test_available_on_a_gpu_is_what_is_not_yet_held(key, held_counts, monkeypatch):
+    """Memory that is free, as CUDA tells, holds nothing yet."""
+
     class Gpu:
         type = mx.DeviceType.gpu
 
@@ -93,7 +97,7 @@ def test_available_on_a_gpu_is_what_is_not_yet_held(key, monkeypatch):
     mx.eval(held)
     monkeypatch.setattr(mx, "default_device", Gpu)
     monkeypatch.setattr(mx, "device_info", lambda: {"memory_size": 10**12, key: 10**9})
-    assert available_bytes() == 10**9 - mx.get_active_memory()
+    assert available_bytes() == 10**9 - held_counts * mx.get_active_memory()
 
 
 def current_limits():
@@ -120,6 +124,22 @@ def test_limits_are_set_and_restored(error):
     except (RuntimeError, KeyboardInterrupt):
         pass
     assert current_limits() == before
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
+def test_limits_that_interleave_are_restored_in_any_order(order):
+    """While some are left the youngest prevails; at the end everything is as before."""
+    before = current_limits()
+    open_scopes = {
+        number: memory_limits((number + 1) * 10**7, cache=(number + 1) * 10**6) for number in range(3)
+    }
+    for scope in open_scopes.values():
+        scope.__enter__()
+    for number in order:
+        open_scopes.pop(number).__exit__(None, None, None)
+        youngest = max(open_scopes, default=None)
+        expected = before if youngest is None else [(youngest + 1) * 10**7, (youngest + 1) * 10**6]
+        assert current_limits() == expected
 
 
 def test_limits_are_restored_when_one_is_refused():

@@ -22,7 +22,7 @@ from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan
 from mlx_vae_tiling.runtime.cost import CostModel, Part
 from mlx_vae_tiling.runtime.planner import ARRAY_ELEMENTS
 from mlx_vae_tiling.tiling import SpatialTilingConfig
-from mlx_vae_tiling.vae.backend import CPU
+from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.schedule import Pace
 

@@ -58,7 +58,7 @@ def kill_at_random(process, path, draw):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "windows"), [(1_700_000, 1), (1_450_000, 2)])
+@pytest.mark.parametrize(("limit", "windows"), [(1_700_000, 1), (1_400_000, 2)])
 def test_kill_and_resume(limit, windows, tmp_path):
     draw, kills, inside, decodes = random.Random(windows), 0, 0, 0
     assert start(tmp_path / "expected.npy", limit, windows).wait() == 0

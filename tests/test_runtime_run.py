@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from itertools import islice
 from types import SimpleNamespace
@@ -18,12 +20,13 @@ from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, 
 from mlx_vae_tiling.runtime import job, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.schedule import Pace
 
 SIZE = (4, 4, 3)
 """Latent frames, height and width of most tests: 25 frames of 96x128 pixels."""
 
-LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_700_000}
+LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_550_000}
 """For these latents and the LTX-2.3 decoder: one chunk, several, and several windows."""
 
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -217,6 +220,59 @@ def test_a_lasting_fault_is_told_after_the_frames_before_it(decoder, latents, fa
     assert_rounded(frames, expected[:, :, : len(frames)])
 
 
+DEVICE_ERRORS = [
+    "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size",
+    "[malloc] Unable to allocate 9 bytes.",
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+def test_a_failure_of_the_device_is_tried_again(decoder, latents, limit, message, monkeypatch):
+    expected = decoder(latents)
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError(message))
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
+
+
+@pytest.mark.parametrize("piece", range(4))
+def test_a_failure_that_is_told_late_takes_back_the_frames(decoder, latents, piece, monkeypatch):
+    """A command buffer's failure may surface in a later call, when its frames look finished."""
+    expected, calls, synchronize = decoder(latents), [], mx.synchronize
+
+    def fail_once():
+        calls.append(1)
+        if len(calls) == piece + 1:
+            raise RuntimeError(DEVICE_ERRORS[0])
+        synchronize()
+
+    monkeypatch.setattr(mx, "synchronize", fail_once)
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS["streamed"]), expected)
+    assert len(calls) > piece + 1
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_lasting_failure_of_the_device_keeps_what_was_before(
+    decoder, latents, limit, monkeypatch, tmp_path
+):
+    expected = frames_of(decoder, latents, memory_limit=LIMITS[limit])
+    error = RuntimeError(DEVICE_ERRORS[0])
+    with monkeypatch.context() as broken:
+        break_frame(broken, 9, 99, raises=error)
+        told = r"failed twice at frame \d: \[METAL\].*; the \d frames before are sound. Try a smaller memory"
+        with pytest.raises(RuntimeError, match=told) as raised:
+            decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit])
+        assert raised.value.__cause__ is error
+    decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit], resume=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "shot.npy"), expected)
+
+
+def test_an_error_of_ours_is_not_tried_again(decoder, latents, monkeypatch):
+    break_frame(monkeypatch, 9, 1, raises=RuntimeError("generator raised StopIteration"))
+    with pytest.raises(RuntimeError, match=r"^generator raised StopIteration$"):
+        frames_of(decoder, latents, memory_limit=LIMITS["streamed"])
+
+
 def test_small_frames_may_be_of_one_value(decoder):
     latents = random_latents(decoder, 1, 2, 1, 1)
     decoder = VideoDecoder(decoder.config)
@@ -236,6 +292,72 @@ def test_a_consumer_that_raises_or_stops_leaves_nothing_behind(decoder, latents,
     next(pieces)
     pieces.close()
     assert limits() == before and list(temporary_files.iterdir()) == []
+
+
+def test_decodes_that_interleave_leave_no_limits_behind(decoder, latents):
+    before = limits()
+    first, second = (
+        decode_frames(decoder, latents, memory_limit=LIMITS[name]) for name in ("streamed", "windows")
+    )
+    next(first)
+    next(second)
+    first.close()
+    assert limits() == before
+    assert np.concatenate(list(second)).shape[1:] == (128, 96, 3) and limits() == before
+
+
+def test_a_plan_is_for_one_decoder_dtype_and_direction(decoder, latents):
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", causal=True)
+    assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents, causal=True))
+    assert_rounded(
+        frames_of(decoder, latents, causal=True, memory_limit="1GB"), decoder(latents, causal=True)
+    )
+    with pytest.raises(ValueError, match="the plan is for causal=True, got False"):
+        decode_frames(decoder, latents, plan=plan, causal=False)
+    half = plan_decode(decoder, latents.shape, memory_limit="1GB", dtype=mx.bfloat16)
+    with pytest.raises(ValueError, match="the plan is for bfloat16 weights, got float32"):
+        decode_frames(decoder, latents, plan=half)
+    with pytest.raises(ValueError, match="the plan is for a decoder of another architecture"):
+        decode_frames(small_decoder("ltx-2"), latents, plan=plan)
+
+
+def test_what_runs_is_what_the_plan_says_runs(decoder, latents):
+    """Also the policy: a plan for Metal runs as Metal would, wherever it is run."""
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend="metal")
+    assert str(plan).endswith("float32 on metal")
+    # Its form of convolution sums in another order, which may round another way.
+    expected = frames_of(decoder, latents).astype(int)
+    difference = np.abs(frames_of(decoder, latents, plan=plan) - expected)
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("tiling", [1, TilingConfig(SpatialTilingConfig(64, 32))])
+def test_tiles_and_halos_see_the_noise_of_the_whole_video(tiling, monkeypatch):
+    """Every part of every field is the part, at its place, of one field per video."""
+    decoder = small_decoder("0.9.1")
+    latents = random_latents(decoder, 1, 2, 6, 4)
+    whole, seen = {}, []
+    field = Noise.field
+
+    def spy(noise, number, region, scale):
+        found = field(noise, number, region, scale)
+        seen.append((number, region, scale, noise.origin, found))
+        return found
+
+    monkeypatch.setattr(Noise, "field", spy)
+    mx.eval(decoder(latents))
+    whole = {number: found for number, *_, found in seen}
+    seen.clear()
+    limit = LIMITS["windows"] if tiling == 1 else "1GB"
+    plan = plan_decode(decoder, latents.shape, memory_limit=limit, tiling=tiling)
+    if tiling == 1:
+        plan = plan_decode(decoder, latents.shape, memory_limit=int(plan.peak_bytes * 1.01), tiling=tiling)
+    frames_of(decoder, latents, plan=plan)
+    assert any(origin != (0, 0, 0) for *_, origin, _ in seen)
+    for number, region, scale, (_, top, left), found in seen:
+        rows = slice(top * scale + region.height.start, top * scale + region.height.stop)
+        columns = slice(left * scale + region.width.start, left * scale + region.width.stop)
+        assert mx.array_equal(found, whole[number][rows, columns])
 
 
 def written(decoder, latents, path, **options):
@@ -370,6 +492,38 @@ def test_resume_without_an_earlier_decode_begins_one(decoder, latents, tmp_path)
     for _ in range(2):
         report, _ = written(decoder, latents, tmp_path / "out.npy", resume=True, memory_limit="1GB")
         assert report.resumed_frames == 0
+
+
+def test_two_decodes_to_one_output(decoder, latents, tmp_path):
+    """The second is told, whichever process it is of, and the first is not disturbed."""
+    path, told = tmp_path / "out.npy", []
+    program = (
+        "import mlx.core as mx, sys; from mlx_vae_tiling import *; d = load_decoder('demo'); "
+        "l = load_latents('demo')[:, :, :1, :2, :2]; "
+        "decode_to_file(d, l, sys.argv[1], resume=len(sys.argv) > 2)"
+    )
+
+    class Rival(VideoDecoder):
+        def run(self, *given):
+            for resume in ([], ["resume"]):
+                command = [sys.executable, "-c", program, str(path), *resume]
+                told.append(subprocess.run(command, capture_output=True, text=True).stderr)
+            return super().run(*given)
+
+    rival = Rival(decoder.config)
+    rival.update(decoder.parameters())
+    _, frames = written(rival, latents, path, memory_limit="1GB")
+    assert len(told) == 2 and all("another process is decoding to this output now" in line for line in told)
+    assert_rounded(frames, decoder(latents))
+
+
+def test_files_of_others_stay(decoder, latents, tmp_path):
+    """What lies beside the store is not the store's to delete."""
+    folder = tmp_path / "out.npy.partial"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    decode_to_file(decoder, latents, tmp_path / "out.npy", memory_limit="1GB")
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
 
 
 def test_an_earlier_decode_is_not_overwritten(decoder, latents, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The policies that only a GPU has, run on the CPU: they give the same frames."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from vae_cases import VERSIONS, joined, random_latents, small_decoder
 
-from mlx_vae_tiling.vae.backend import CPU, CUDA, METAL, backend_of, current_backend
+from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL, backend_of, current_backend
 from mlx_vae_tiling.vae.schedule import Pace
 
 GPUS = [METAL, CUDA]
@@ -22,9 +25,8 @@ def test_gpu_policies_give_the_same_frames(version, causal, backend):
 
 
 def test_default_forms():
-    for backend, half in ((METAL, "folded"), (CUDA, "stock")):
-        assert backend.default_form(mx.bfloat16) == backend.default_form(mx.float16) == half
-        assert backend.default_form(mx.float32) == "stock"
+    for backend, form in ((METAL, "folded"), (CUDA, "stock")):
+        assert all(backend.default_form(dtype) == form for dtype in (mx.float32, mx.float16, mx.bfloat16))
 
 
 @pytest.mark.parametrize(("system", "form"), [("Linux", "numpy"), ("Darwin", "blocked")])
@@ -48,12 +50,11 @@ def test_backends_by_name():
         backend_of("tpu")
 
 
-@pytest.mark.parametrize("backend", GPUS, ids=lambda backend: backend.name)
-def test_a_gpu_stream_is_one_piece_ahead(backend):
+def test_a_stream_on_cuda_is_one_piece_ahead():
     """The next piece is already computing while the consumer has the last one, and no further."""
     scheduled = []
     small = small_decoder("ltx-2.3")
-    stream = small.open(random_latents(small, 1, 9, 1, 1), small.options(), backend=backend)
+    stream = small.open(random_latents(small, 1, 9, 1, 1), small.options(), backend=CUDA)
     carry_out = stream.carry_out
 
     def spy(event):
@@ -65,3 +66,16 @@ def test_a_gpu_stream_is_one_piece_ahead(backend):
     for received, _ in enumerate(stream.run(Pace()), 1):
         assert len(scheduled) in (received, received + 1)
     assert received == len(scheduled) > 2
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("version", ["0.9.1", "ltx-2.3"])
+def test_a_stream_of_one_thread_is_consumed_in_another(version, tiled):
+    """Latents, weights and timestep embeddings are not left for the thread that began to compute."""
+    small = small_decoder(version)
+    small.load_weights([(name, value + 0) for name, value in tree_flatten(small.parameters())])
+    latents = random_latents(small, 1, 2, 2, 3)
+    pieces = (small.stream_tiled if tiled else small.stream)(latents + 0)
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(list, pieces).result()
+    assert mx.array_equal(joined(received), joined((small.stream_tiled if tiled else small.stream)(latents)))

@@ -67,16 +67,6 @@ def test_form_takes_views(form):
     assert relative_error(convolve(view, weight, bias, form), expected) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("shape", "batches"), [((1, 4, 3, 3, 4, 4), [2]), ((1, 1, 3, 3, 4, 4), [2]), ((2, 4, 3, 3, 4, 4), [2])]
-)
-def test_folded_convolves_a_batch_of_two(shape, batches, monkeypatch):
-    seen, stock = [], mx.conv_general
-    monkeypatch.setattr(mx, "conv_general", lambda x, weight: seen.append(x.shape[0]) or stock(x, weight))
-    mx.eval(convolve(*operands(shape), "folded"))
-    assert seen == batches
-
-
 def test_numpy_blocks_stay_within_the_workspace(monkeypatch):
     monkeypatch.setattr(convolution, "WORKSPACE_BYTES", 2 * 4 * 27 * 40 * 6)
     sizes, matmul = [], np.matmul

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from vae_cases import (
     LTX_2_3,
     VERSIONS,
@@ -70,6 +71,9 @@ def test_latents_that_do_not_fit(version, latents, message):
         ("ltx-2.3", {"window": Window(width=slice(0, 96, 2))}, "window width .* of step 1"),
         ("0.9.1", {"noise_scale": 1.5}, "noise_scale must lie between 0 and 1, got 1.5"),
         ("0.9.1", {"noise_scale": float("nan")}, "noise_scale must lie between 0 and 1, got nan"),
+        ("0.9.1", {"seed": -1}, "seed must be an integer from 0 to .*, got -1"),
+        ("0.9.1", {"seed": 1.5}, "seed must be an integer from 0 to .*, got 1.5"),
+        ("0.9.1", {"backend": "tpu"}, "backend must be one of cpu, metal, cuda, got 'tpu'"),
         ("0.9.1", {"timestep": [0.1, 0.2]}, r"one per batch entry \(1\), got 2"),
     ],
 )
@@ -84,6 +88,18 @@ def test_no_weights():
     for decode in (decoder, decoder.stream):
         with pytest.raises(ValueError, match="no weights; use load_decoder"):
             decode(mx.zeros(GOOD))
+
+
+@pytest.mark.parametrize("fill", ["update", "load_weights", "init_random"])
+def test_weights_are_weights_whoever_brings_them(fill):
+    decoder, other = VideoDecoder(reference_config("ltx-2.3")), small_decoder("ltx-2.3", num_layers=None)
+    decoder.set_dtype(mx.bfloat16)  # changes weights and brings none
+    with pytest.raises(ValueError, match="no weights"):
+        decoder(mx.zeros(GOOD))
+    decoder = VideoDecoder(other.config)
+    given = {"update": other.parameters(), "load_weights": tree_flatten(other.parameters()), "init_random": 1}
+    getattr(decoder, fill)(given[fill])
+    assert mx.array_equal(decoder(mx.zeros(GOOD)), other(mx.zeros(GOOD)))
 
 
 def test_loading_is_strict():

@@ -8,7 +8,7 @@ import pytest
 from vae_cases import VERSIONS, random_latents, small_decoder
 
 from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.vae.backend import CPU
+from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.regions import Attention, Convolution, Region, Same, Span, Upsampling, Window
 from mlx_vae_tiling.vae.schedule import Compute, Deliver, Forget, Pace, regions_of, schedule
 
@@ -16,7 +16,7 @@ CASES_PER_VERSION = 44
 
 
 def random_window(draw, size):
-    """All of the output, or a part of one or more of its axes: with inner borders, at a border, one position."""
+    """All of the output, or a part of some axes: with inner borders, at a border, of one position."""
     slices = []
     for length in size:
         low, high = sorted(draw.sample(range(length + 1), 2))
@@ -76,7 +76,7 @@ def test_what_is_said_to_be_held_is_held(version, number, batch, size, window, c
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_events_make_sense(version, causal):
-    """Every frame is computed once, in order, from frames that are held; what nobody needs is forgotten at once."""
+    """Every frame is computed once, in order, from frames that are held; in the end nothing is held."""
     draw = random.Random(3)
     decoder = small_decoder(version)
     steps = decoder.steps(decoder.options(causal=causal))
@@ -146,8 +146,10 @@ def brute_force(need, axis, span):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize(
     "need",
-    [Same(), Convolution((1, 1)), Convolution((2, 0)), Upsampling((2, 2, 2)), Upsampling((1, 4, 4))]
-    + [Attention((3, 7, 7)), Attention((11, 11, 11))],
+    [
+        *(Same(), Convolution((1, 1)), Convolution((2, 0)), Upsampling((2, 2, 2)), Upsampling((1, 4, 4))),
+        *(Attention((3, 7, 7)), Attention((11, 11, 11))),
+    ],
     ids=str,
 )
 def test_needs_are_what_positions_see(need, axis):

@@ -82,9 +82,10 @@ class CostModel:
     Args:
         decoder: The decoder; its weights are not looked at.
         latent_shape: (B, C, F, H, W).
-        dtype: Of weights, activations and frames.
+        dtype: Of weights and activations.
         backend: Where it runs.
         causal: Overrides the config's.
+        output_dtype: Of the frames; None for that of the weights.
     """
 
     def __init__(
@@ -94,10 +95,12 @@ class CostModel:
         dtype: mx.Dtype,
         backend: Backend,
         causal: bool | None = None,
+        output_dtype: mx.Dtype | None = None,
     ):
         self.decoder, self.latent_shape, self.dtype, self.backend = decoder, latent_shape, dtype, backend
         self.options = decoder.options(causal=causal)
-        self.steps = decoder.steps(self.options, dtype)
+        self.output_dtype = output_dtype or dtype
+        self.steps = decoder.steps(self.options, self.output_dtype)
         scale, size, some = frames_per_latent(self.steps)[-1], 2**20, Span(0, 1, 1)
         middle = Span(size // 2, size // 2 + 1, scale * (size - 1) + 1)
         self._lag = regions_of(self.steps, Region(middle, some, some))[0].time.length
@@ -135,11 +138,11 @@ class CostModel:
         return self._costs[key]
 
     def _cost(self, regions: Sequence[Region], trace: Trace) -> Cost:
-        batch, itemsize = self.latent_shape[0], self.dtype.size
-        frame = np.array(
-            [batch * itemsize * s.channels * r.area for s, r in zip(self.steps, regions, strict=True)],
-            np.int64,
-        )
+        pairs = zip(self.steps, regions, strict=True)
+        frame = np.array([self.latent_shape[0] * step.channels * r.area for step, r in pairs], np.int64)
+        plane, itemsize = int(frame[-1]), self.output_dtype.size
+        frame[:-1] *= self.dtype.size
+        frame[-1] *= itemsize
         taken = [self._taken(chunk, regions) for chunk in trace.chunks]
         most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]
         at_once = [int((trace.computing[:, 1:] @ frame + most).max())]
@@ -147,8 +150,7 @@ class CostModel:
             at_once.append(int((trace.copying @ frame).max()))
         state = int((trace.between @ frame).max())
         piece = max(chunk.stop - chunk.start for chunk in trace.chunks if chunk.step == len(self.steps) - 1)
-        finishing = finishing_bytes(int(frame[-1]) // itemsize)
-        at_once.append(state + int(frame[-1]) * piece + finishing)
+        at_once.append(state + int(frame[-1]) * piece + finishing_bytes(plane, itemsize))
         ahead = self.backend.pieces_ahead * int(frame[-1]) * piece
         return Cost(state, max(at_once) + ahead - state, max(elements for _, elements in taken))
 

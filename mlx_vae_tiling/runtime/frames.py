@@ -30,13 +30,14 @@ def finish(piece: mx.array, kind: str) -> tuple[Frames, list[tuple[int, str]]]:
     finished, faults = [], []
     for index in range(piece.shape[2]):
         x = piece[:, :, index].astype(mx.float32)
+        finite = mx.all(mx.isfinite(x))
+        varied = mx.all(mx.max(x, axis=(1, 2, 3)) > mx.min(x, axis=(1, 2, 3)))
+        mx.eval(finite, varied)
         frame = mx.clip(x / 2 + 0.5, 0, 1)
         if kind != "unit":
             most, dtype = (255, mx.uint8) if kind == "uint8" else (65535, mx.uint16)
             frame = mx.round(frame * most).astype(dtype)[0].transpose(1, 2, 0)
-        finite = mx.all(mx.isfinite(x))
-        varied = mx.all(mx.max(x, axis=(1, 2, 3)) > mx.min(x, axis=(1, 2, 3)))
-        mx.eval(frame, finite, varied)
+        mx.eval(frame)
         finished.append(np.array(frame))
         if not finite.item():
             faults.append((index, "not finite"))
@@ -45,6 +46,6 @@ def finish(piece: mx.array, kind: str) -> tuple[Frames, list[tuple[int, str]]]:
     return np.stack(finished, axis=2 if kind == "unit" else 0), faults
 
 
-def finishing_bytes(elements: int) -> int:
-    """What MLX takes to finish a frame of so many elements, beside the piece."""
-    return 10 * elements
+def finishing_bytes(elements: int, itemsize: int) -> int:
+    """What MLX takes to finish a frame of so many elements to 8 bits, beside the piece."""
+    return (6 if itemsize == 4 else 10) * elements

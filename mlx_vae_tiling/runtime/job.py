@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,36 @@ from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
 
 SMALLEST_CACHE_BYTES = 2**20
+
+SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
+"""In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
+
+NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
+
+
+class Failure(NamedTuple):
+    """Why frames cannot be used.
+
+    Args:
+        faults: Index and fault of each frame that is wrong.
+        error: What the device raised.
+    """
+
+    faults: tuple[tuple[int, str], ...] = ()
+    error: RuntimeError | None = None
+
+    def told(self, start: int, sound: int) -> Exception:
+        """The error that ends a decode of which frame `start` failed twice, after so many sound frames."""
+        before = f"the {sound} frames before are sound"
+        if self.error is not None:
+            return RuntimeError(
+                f"decoding failed twice at frame {start}: {self.error}; {before}. Try a smaller memory limit"
+            )
+        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults)
+        return ArithmeticError(
+            f"decoding failed twice: frame {names}; {before}. "
+            "Try a smaller memory limit, float32 weights, or another machine"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +138,8 @@ class Job:
         """Checked frames of one part from its frame `done` on.
 
         Frames that are not finite, or large and of one single value, are decoded once more with chunks of
-        half the size. MLX's limits are the plan's while a piece is computed, and no longer.
+        half the size, and so are those at which the device failed. MLX's limits are the plan's while a
+        piece is computed, and no longer.
 
         Args:
             part: One of the plan's.
@@ -117,40 +148,51 @@ class Job:
 
         Raises:
             ArithmeticError: If frames are wrong also the second time.
+            RuntimeError: If the device fails also the second time.
         """
         pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames)
         origin, stop, _ = part.pixels.time
         failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
         while start < stop:
-            pieces = self._stream(part, start, pace)
-            faults: list[tuple[int, str]] = []
-            while start < stop and not faults:
+            pieces, failure = self._stream(part, start, pace), None
+            while start < stop and failure is None:
                 began = time.perf_counter()
                 with self._limits():
-                    frames, found = finish(next(pieces), self.kind)
-                    faults = found if self.checked else []
-                    if not faults:
+                    frames, failure = self._next(pieces)
+                    if failure is None:
                         count = frames.shape[2 if self.kind == "unit" else 0]
                         may_grow = self._correct(pace, count, time.perf_counter() - began, may_grow)
-                if not faults:
+                if failure is None:
                     start += count
                     if report:
                         report(count)
                     yield frames
-            if not faults:
+            if failure is None:
                 return
             if failed_at == start:
-                names = ", ".join(f"{start + index} is {fault}" for index, fault in faults)
-                raise ArithmeticError(
-                    f"decoding failed twice: frame {names}; the {start - origin} frames before are sound. "
-                    "Try a smaller memory limit, float32 weights, or another machine"
-                )
+                raise failure.told(start, start - origin) from failure.error
             failed_at = start
+            # The error's traceback holds the stream's frames.
+            del pieces, failure
+            mx.clear_cache()
             pace.halve(self.decoder.config.temporal_scale)
+
+    def _next(self, pieces: Iterator[mx.array]) -> tuple[Frames, Failure | None]:
+        """The next finished frames, and what is wrong with them."""
+        try:
+            frames, faults = finish(next(pieces), self.kind)
+            # The failure of a command buffer may be told of by a later call only.
+            mx.synchronize()
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in SIGNS_OF_THE_DEVICE):
+                raise
+            return NO_FRAMES, Failure(error=error)
+        return frames, Failure(tuple(faults)) if faults and self.checked else None
 
     def _limits(self) -> Any:
         limit = self.plan.memory_limit + self.meter.others
-        return memory_limits(limit, cache=max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
+        cache = self.plan.backend.cache_bytes(limit, max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
+        return memory_limits(limit, cache=cache)
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
         """Pieces of one part from output frame `start` on."""

@@ -13,6 +13,8 @@ from numbers import Real
 
 import mlx.core as mx
 
+from mlx_vae_tiling.vae.backends import current_backend
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -55,11 +57,12 @@ def format_bytes(amount: int | float) -> str:
 
 def available_bytes() -> int:
     """What the default device can still take: of Metal's recommended working set, or of the memory."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info()
+    if (info := current_backend().device_memory()) is not None:
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if isinstance(info.get(key), int):
-                return max(int(info[key]) - mx.get_active_memory(), 1)
+                # What is free has no part in use already.
+                used = 0 if key == "free_memory" else mx.get_active_memory()
+                return max(int(info[key]) - used, 1)
     if platform.system() == "Linux":
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -130,7 +133,7 @@ def memory_limits(
     limit = memory_budget(memory)
     wanted = {mx.set_memory_limit: limit}
     wanted[mx.set_cache_limit] = limit // 8 if cache is None else parse_bytes(cache)
-    if wired is not None and mx.metal.is_available():
+    if wired is not None and current_backend().wires_memory:
         wanted[mx.set_wired_limit] = parse_bytes(wired)
     scope = _Scope()
     try:

@@ -8,7 +8,8 @@ from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
-from mlx_vae_tiling.vae.base import Config, StreamingDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.options import DecodeOptions
 from mlx_vae_tiling.vae.regions import Region, Window
 

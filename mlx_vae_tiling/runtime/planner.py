@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
+from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.runtime.memory import memory_budget
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
@@ -82,6 +83,8 @@ def plan_decode(
             raise ValueError(
                 f"blended tiles decode all of the output, got the window {window}; crop its frames"
             )
+        # Tiles are blended in float32.
+        model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, causal, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
@@ -187,7 +190,13 @@ def _plan_blended(model: CostModel, wanted: Region, tiling: TilingConfig, budget
     lengths = [[tile.latents.stop - tile.latents.start for tile in axis] for axis in tiles]
     largest = [max(axis) for axis in lengths]
     cost = model.cost(_whole(model, largest), largest[0], None)
-    blending = blending_bytes(tiles, batch * config.out_channels, model.dtype.size, cost.total)
+    planes, itemsize = batch * config.out_channels, model.dtype.size
+
+    def decoding(*tile: int) -> int:
+        return model.cost(_whole(model, list(tile)), tile[0], None).total
+
+    finishing = finishing_bytes(planes * wanted.area, itemsize)
+    blending = blending_bytes(tiles, planes, itemsize, decoding, finishing)
     operations = sum(
         model.operations(_whole(model, [t, h, w])) for t in lengths[0] for h in lengths[1] for w in lengths[2]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -68,12 +69,11 @@ class FrameStore:
         """
         shape = (plan.frames, *plan.size, 3)
         needed = copies * int(np.prod(shape)) * dtype.itemsize
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC, f"the decoded frames need {needed} bytes, the disk has {free} free", str(folder)
             )
-        folder.mkdir(exist_ok=True)
         store = cls(folder, plan.parts, [0] * len(plan.parts), shape, dtype, fingerprint)
         store._write_journal()
         return store
@@ -134,7 +134,9 @@ class FrameStore:
         os.close(self._file)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        """Deletes what the store wrote, and its folder if nothing else is in it."""
+        for name in ("frames", "journal.json", "journal.json.new"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write_journal(self) -> None:
         os.fsync(self._file)
@@ -207,24 +209,61 @@ def open_store(
         copies: How many times the frames will lie on the disk.
 
     Raises:
+        BlockingIOError: If another process has it open.
         FileExistsError: If there is one already and it is not to be resumed.
     """
-    begun = (folder / "journal.json").exists()
-    if begun and not resume:
-        raise FileExistsError(
-            errno.EEXIST,
-            "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
-            str(folder),
-        )
-    if begun:
-        store = FrameStore.reopen(folder, plan, dtype, fingerprint)
-    else:
-        store = FrameStore.create(folder, plan, dtype, fingerprint, copies)
-    finished = False
+    with _locked(folder):
+        begun = (folder / "journal.json").exists()
+        if begun and not resume:
+            raise FileExistsError(
+                errno.EEXIST,
+                "frames of an earlier decode are kept here: resume it (resume=True, --resume) or delete it",
+                str(folder),
+            )
+        if begun:
+            store = FrameStore.reopen(folder, plan, dtype, fingerprint)
+        else:
+            store = FrameStore.create(folder, plan, dtype, fingerprint, copies)
+        finished = False
+        try:
+            yield store
+            finished = True
+        finally:
+            store.close()
+            if finished or not any(store.done):
+                store.remove()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process alone; the system lets go of it when the process ends.
+
+    The folder is made if it is missing, and goes if nothing is kept in it at the end.
+    """
+    path = folder / "lock"
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # whoever held the folder has just removed it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                break
+            os.close(file)
+        except BlockingIOError:
+            os.close(file)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another process is decoding to this output now: wait for it, or choose another output",
+                str(folder),
+            ) from None
     try:
-        yield store
-        finished = True
+        yield
     finally:
-        store.close()
-        if finished or not any(store.done):
-            store.remove()
+        if not (folder / "journal.json").exists():
+            path.unlink()
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
+        os.close(file)

@@ -1,7 +1,7 @@
 """Plans blended tiles: which latents each one takes, where its output goes, and with what weights."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -70,29 +70,41 @@ def plan_tiles(
     )
 
 
-def blending_bytes(plan: TilePlan, planes: int, itemsize: int, decoding_bytes: int) -> int:
+def blending_bytes(
+    plan: TilePlan, planes: int, itemsize: int, decoding: Callable[[int, int, int], int], finishing: int
+) -> int:
     """The most that `iter_decode_with_tiling`, its decoder and the consumer of a piece hold at once.
 
     Args:
         plan: The tiles.
         planes: Batch times channels of the output.
-        itemsize: Bytes per value of what the decoder returns.
-        decoding_bytes: What decoding the largest tile takes.
+        itemsize: Bytes per value of the finished pieces.
+        decoding: What decoding a tile of so many latents takes, by frames, height and width.
+        finishing: What the consumer takes beside a piece.
     """
-    frames, rows, columns = (max(int(tile.output.stop - tile.output.start) for tile in axis) for axis in plan)
-    height, width = int(plan.rows[-1].output.stop), int(plan.columns[-1].output.stop)
-    frame = 4 * planes * height * width
-    tile, group = 4 * planes * frames * rows * columns, frame * frames
-    shared = [int(one.output.stop - two.output.start) for one, two in pairwise(plan.frames)]
-    carry = frame * max([0, *shared])
-    waiting = group if len(plan.rows) * len(plan.columns) > 1 else carry
-    # In half precision a tile is there twice before it is converted to float32.
-    decoding = max(decoding_bytes, 2 * tile)
-    blending = group + carry + tile if sum(map(len, plan)) > 3 else 0
+    frame = 4 * planes * int(plan.rows[-1].output.stop * plan.columns[-1].output.stop)
     starts = [int(tile.output.start) for tile in plan.frames] + [int(plan.frames[-1].output.stop)]
-    piece = frame * max(stop - start for start, stop in pairwise(starts))
-    converting = piece + piece // 2 * (itemsize < 4) + carry + 3 * frame
-    return max(waiting + decoding, blending, converting)
+    alone = sum(map(len, plan)) == 3
+    peak = carry = 0
+    for time, (start, end) in zip(plan.frames, pairwise(starts), strict=True):
+        frames = _length(time.output)
+        group, held = 0 if alone else frame * frames, carry
+        for rows, columns in product(plan.rows, plan.columns):
+            plane = 4 * frames * _length(rows.output) * _length(columns.output)
+            tile = planes * plane
+            latents = (_length(axis.latents) for axis in (time, rows, columns))
+            # The pieces of a tile are joined, added to the group and weighted in place.
+            peak = max(peak, held + max(decoding(*latents), 2 * tile))
+            peak = max(peak, group + tile + (carry if held == carry else plane))
+            held = group
+        carry, piece = frame * (start + frames - end), frame * (end - start)
+        rounding = piece // 2 if itemsize < 4 else 0
+        peak = max(peak, carry + piece + rounding + finishing)
+    return peak
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _in_latents(name: str, value: int, scale: int) -> int:

@@ -159,7 +159,9 @@ def neighbourhood_attention(
         (B, T, H, W, heads, D) in the dtype of q.
     """
     b, *_, heads, width = q.shape
-    kv = mx.contiguous(kv)
+    if b > 1:
+        # Frames of one video are contiguous; those of several would be copied for every call.
+        kv = mx.contiguous(kv)
     times, rows, columns = _axes(kernel, queries, block)
     frames = []
     for time in (t.part(i, i + 1) for t in times for i in range(t.repeats)):

@@ -15,8 +15,10 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve, convolve_frames
-from mlx_vae_tiling.vae.operations import Activation, Padding, reflect, replicate, surround
+from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
 
@@ -62,6 +64,7 @@ class ConvolutionSize(NamedTuple):
         padded: Of the padded input.
         made: Of its output.
         weights: Of its kernel.
+        operands: Their shapes.
     """
 
     given: int
@@ -70,6 +73,7 @@ class ConvolutionSize(NamedTuple):
     made: int
     weights: int
     activated: bool
+    operands: Operands
 
 
 class AttentionSize(NamedTuple):
@@ -102,6 +106,19 @@ class Backend:
         """What one evaluation should take at most: a GPU's watchdog may end longer ones."""
         return 1.0
 
+    @property
+    def wires_memory(self) -> bool:
+        """Whether MLX can keep memory from being paged out."""
+        return self.name == "metal"
+
+    def device_memory(self) -> dict[str, int | str] | None:
+        """What MLX says of the device's memory; None where it is the machine's."""
+        return mx.device_info()
+
+    def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
+        """The limit of MLX's cache of freed buffers."""
+        return chunk_bytes
+
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best.
 
@@ -125,6 +142,47 @@ class Backend:
         """Valid convolution (B, T+2, H+2, W+2, C) to (B, T, H, W, O)."""
         return convolve(x, weight, bias, self.form or self.default_form(x.dtype))
 
+    def convolution(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        padding: Padding,
+        activation: Activation | None = None,
+        skip: mx.array | None = None,
+        first_frame: int = 0,
+    ) -> mx.array:
+        """All of a convolution: activation, padding, products, and what is added to the result.
+
+        Args:
+            x: (B, T', H', W', C), which padding makes (B, T+2, H+2, W+2, C).
+            weight, bias: (O, 3, 3, 3, C) and (O,).
+            padding: What x lacks.
+            activation: Applied to x first.
+            skip: (B, T, H, W, O), added to the result.
+            first_frame: Number of the first output frame in the video.
+
+        Returns:
+            (B, T, H, W, O).
+        """
+        y = self.convolve(self.prepare(x, padding, activation), weight, bias)
+        return y if skip is None else y + skip
+
+    def upsample(self, y: mx.array, skip: mx.array | None, stride: Stride, repeats: int) -> mx.array:
+        """Channels to positions, plus those of the residual, whose channels are tiled.
+
+        Args:
+            y: (B, T, H, W, C*t*h*w).
+            skip: (B, T, H, W, C/repeats*t*h*w) or None.
+            stride: (t, h, w).
+            repeats: Of the residual's channels.
+        """
+        y = self.computed(depth_to_space(y, stride))
+        if skip is None:
+            return y
+        tiled = [depth_to_space(skip, stride)] * repeats
+        return self.computed(y + self.computed(mx.concatenate(tiled, axis=-1)))
+
     def computed(self, x: mx.array) -> mx.array:
         """x, within a step; computed at once where that keeps the memory small."""
         return x
@@ -133,9 +191,16 @@ class Backend:
         """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
         return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
 
-    def addition_bytes(self, made: int, itemsize: int) -> int:
-        """What a sum takes beside its operands, of which it may reuse none."""
-        return itemsize * made
+    def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
+        """What a convolution takes with the sum of its result and a skip, which may reuse neither.
+
+        Args:
+            convolution: Bytes of the convolution alone.
+            made: Elements of its result.
+            shortcut: Bytes of what is made of the skip first.
+            itemsize: Bytes of an element.
+        """
+        return max(convolution, 2 * itemsize * made + shortcut)
 
     def norm_bytes(self, given: int, itemsize: int) -> int:
         """What a LayerNorm takes."""
@@ -205,6 +270,9 @@ class CPUBackend(Backend):
     def longest_evaluation_seconds(self) -> float:
         return math.inf
 
+    def device_memory(self) -> None:
+        return None
+
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
         return "numpy" if platform.system() == "Linux" else "blocked"
@@ -244,8 +312,8 @@ class CPUBackend(Backend):
             convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
         return max(activating, convolving)
 
-    def addition_bytes(self, made: int, itemsize: int) -> int:
-        return 0
+    def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
+        return max(convolution, itemsize * made + shortcut)
 
     def norm_bytes(self, given: int, itemsize: int) -> int:
         # In float32, with the deviations from the mean and their squares.
@@ -276,7 +344,7 @@ class CPUBackend(Backend):
         return given * (8 if itemsize == 4 else 14)
 
     def keys_bytes(self, given: int, itemsize: int) -> int:
-        return given * (46 if itemsize == 4 else 56)
+        return given * (47 if itemsize == 4 else 57)
 
     def queries_bytes(self, given: int, itemsize: int) -> int:
         return given * (34 if itemsize == 4 else 50)
@@ -301,29 +369,3 @@ def mirror(x: np.ndarray[Any, np.dtype[Any]], axis: int, amounts: tuple[int, int
         x[0] = x[2]
     if amounts[1]:
         x[-1] = x[-3]
-
-
-CPU, METAL, CUDA = CPUBackend(), Backend("metal"), Backend("cuda")
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, METAL, CUDA)}
-
-
-def current_backend() -> Backend:
-    """The backend of the default device."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return CPU
-    return METAL if mx.metal.is_available() else CUDA
-
-
-def backend_of(backend: Backend | str | None) -> Backend:
-    """A backend, by its name, or that of the default device.
-
-    Raises:
-        ValueError: If there is none of this name.
-    """
-    if backend is None:
-        return current_backend()
-    if isinstance(backend, str):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        return BACKENDS[backend]
-    return backend

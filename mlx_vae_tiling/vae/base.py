@@ -4,40 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map_with_path
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
-from mlx_vae_tiling.vae.backend import Backend, backend_of
+from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.backends import backend_of
+from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Pace, Step, regions_of
 from mlx_vae_tiling.vae.stream import Stream
+from mlx_vae_tiling.vae.weights import WeightedModule
 
 Timestep = float | Sequence[float] | mx.array
 
 
-class Config(Protocol):
-    """What a decoder's config says whatever the decoder."""
-
-    @property
-    def latent_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def temporal_scale(self) -> int: ...
-    @property
-    def spatial_scale(self) -> int: ...
-    @property
-    def parameters(self) -> int: ...
-
-
-class StreamingDecoder(nn.Module):
+class StreamingDecoder(WeightedModule):
     """A decoder as a list of steps.
 
     It has no weights until `load_weights`, `update` or `init_random` gave it some. It is itself a
@@ -53,35 +39,6 @@ class StreamingDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution_form: ConvolutionForm | None = None
-        self._has_weights = False
-
-    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
-        """As `nn.Module.load_weights`, also of no weights at all, which leaves zeros."""
-        super().load_weights(file_or_weights, strict)
-        self._has_weights = True
-        return self
-
-    def update(self, parameters: dict[str, Any], strict: bool = True) -> nn.Module:
-        """As `nn.Module.update`: this is how weights arrive, whoever brings them."""
-        super().update(parameters, strict)
-        self._has_weights = True
-        return self
-
-    def apply(self, *given: Any, **options: Any) -> nn.Module:
-        """As `nn.Module.apply`, which changes weights, and so brings none."""
-        had_weights = self._has_weights
-        super().apply(*given, **options)
-        self._has_weights = had_weights
-        return self
-
-    def cast(self, dtype: mx.Dtype) -> None:
-        """Casts the weights in place, all but the statistics of the latents, which stay as they are stored."""
-
-        def cast(name: str, value: mx.array) -> mx.array:
-            return value if name.startswith("per_channel_statistics.") else value.astype(dtype)
-
-        self.update(tree_map_with_path(cast, self.parameters()))
-        mx.eval(self.parameters())
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -121,11 +78,7 @@ class StreamingDecoder(nn.Module):
 
     def check(self, latents: mx.array, options: DecodeOptions) -> None:
         """Raises a `ValueError` unless these latents can be decoded with these options."""
-        if not self._has_weights:
-            raise ValueError(
-                "the decoder has no weights; use load_decoder(source), decoder.load_weights(...) "
-                "or, to run on noise, decoder.init_random()"
-            )
+        self.require_weights()
         if not isinstance(latents, mx.array):
             raise ValueError(
                 f"latents must be an mx.array, got {type(latents).__name__}; mx.array(x) converts"
@@ -282,7 +235,13 @@ class StreamingDecoder(nn.Module):
             noise: None for that of the options' seed.
             backend: None for that of the default device.
         """
-        return self.open(latents, options, pixels, noise, backend).run(pace)
+        # A thread cannot compute what another one has only scheduled.
+        mx.eval(latents, self.parameters())
+
+        def pieces() -> Iterator[mx.array]:
+            yield from self.open(latents, options, pixels, noise, backend).run(pace)
+
+        return pieces()
 
     def open(
         self,
@@ -354,10 +313,12 @@ class StreamingDecoder(nn.Module):
         debug: bool = False,
     ) -> Iterator[mx.array]:
         """`stream_tiled` with everything resolved and checked."""
+        mx.eval(latents, self.parameters())
         noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
-            return self.decode_whole(tile, options, noise.at(position), backend)
+            # In float32, in which tiles are blended.
+            return self.decode_whole(tile.astype(mx.float32), options, noise.at(position), backend)
 
         scales = self.config.spatial_scale, self.config.temporal_scale
         return iter_decode_with_tiling(decode, latents, tiling_config, *scales, debug=debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mlx_vae_tiling.vae.blocks import (
     STRIDES,
@@ -20,6 +20,21 @@ from mlx_vae_tiling.vae.config_forms import read_diffusers, read_original, read_
 
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal embedding of a timestep."""
+
+
+class Config(Protocol):
+    """What a decoder's config says whatever the decoder."""
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def temporal_scale(self) -> int: ...
+    @property
+    def spatial_scale(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
 
 
 class Layer(NamedTuple):

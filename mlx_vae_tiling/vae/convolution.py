@@ -7,12 +7,15 @@ the valid convolution (B, T, H, W, O) in the dtype of x. Padding is the caller's
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
-ConvolutionForm = Literal["stock", "folded", "blocked", "numpy"]
+from mlx_vae_tiling.vae import convolution_gpu as gpu
+
+ConvolutionForm = Literal["stock", "folded", "blocked", "numpy", "gemm", "winograd32", "winograd_time"]
 
 CACHED_FLOATS = 2**16
 """Numbers that a block of shifted products touches: past a core's cache it is far slower."""
@@ -28,29 +31,18 @@ def convolve(x: mx.array, weight: mx.array, bias: mx.array, form: ConvolutionFor
         x: (B, T+2, H+2, W+2, C).
         weight: (O, 3, 3, 3, C).
         bias: (O,).
-        form: "stock", "folded", "blocked" or "numpy".
+        form: "stock", "blocked", "numpy", or one of those in `convolution_gpu`.
 
     Returns:
         (B, T, H, W, O) in the dtype of x.
     """
+    if form == "gemm" or form == "winograd32" or form == "winograd_time":
+        return gpu.convolve(x, weight, bias, form)
     return FORMS[form](x, weight, bias)
 
 
 def _stock(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return mx.conv_general(x, weight) + bias
-
-
-def _folded(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """Two halves in time, or of the rows of a single frame, as a batch of two."""
-    b, t, h, _, _ = x.shape
-    axis = 1 if t > 3 else 2
-    size = (t if axis == 1 else h) - 2
-    if b > 1 or size == 1:
-        return _stock(x, weight, bias)
-    half = (size + 1) // 2
-    low, high = mx.split(x, [half + 2], axis=axis)[0], mx.split(x, [size - half], axis=axis)[1]
-    low, high = mx.split(_stock(mx.concatenate([low, high]), weight, bias), 2)
-    return mx.concatenate([low, mx.split(high, [2 * half - size], axis=axis)[1]], axis=axis)
 
 
 def _rows_per_block(x: mx.array) -> int:
@@ -150,7 +142,7 @@ def convolve_frames(x: mx.array, weight: mx.array, groups: int) -> mx.array:
 
 FORMS: dict[ConvolutionForm, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
     "stock": _stock,
-    "folded": _folded,
     "blocked": _blocked,
     "numpy": _numpy,
+    "folded": partial(gpu.convolve, form="folded"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.vae.backend import Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
@@ -86,21 +84,6 @@ class VideoDecoder(StreamingDecoder):
     def dtype(self) -> mx.Dtype:
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.conv.weight.dtype
-
-    def init_random(self, seed: int = 0) -> VideoDecoder:
-        """Fills all parameters with seeded noise that keeps activations near unit variance.
-
-        For tests and benchmarks: the frames show nothing.
-        """
-        key = mx.random.key(seed)
-        weights = []
-        for name, value in dict(tree_flatten(self.parameters())).items():
-            key, own = mx.random.split(key)
-            fan_in = value.size // value.shape[0] if value.ndim > 1 else 100
-            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) / math.sqrt(fan_in)))
-        kept = {"per_channel_statistics.std", "timestep_scale_multiplier"}
-        self.load_weights([(name, value) for name, value in weights if name not in kept], strict=False)
-        return self
 
     def options(
         self,

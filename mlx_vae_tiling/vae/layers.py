@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx_vae_tiling.vae.backend import ConvolutionSize, Taken, Where
 from mlx_vae_tiling.vae.blocks import PaddingMode, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
-from mlx_vae_tiling.vae.operations import Activation, Padding, cut, depth_to_space
+from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.operations import Activation, Padding, cut
 from mlx_vae_tiling.vae.regions import Convolution, Same, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
@@ -43,16 +44,28 @@ class Conv3d(nn.Module):
         self._in, self._out, self._padding = in_channels, out_channels, padding
 
     def __call__(
-        self, inputs: Inputs, where: Where, need: Convolution, activation: Activation | None = None
+        self,
+        inputs: Inputs,
+        where: Where,
+        need: Convolution,
+        activation: Activation | None = None,
+        skip: mx.array | None = None,
     ) -> mx.array:
-        """Convolves the first input, after an activation if there is one."""
+        """Convolves the first input, after an activation and plus a skip if there are any."""
         padding = Padding.between(where.inputs[0], where.output, need.reach, self._padding)
-        x = where.backend.prepare(inputs[0], padding, activation)
-        return where.backend.convolve(x, self.conv.weight, self.conv.bias)
+        first = where.output.time.start
+        weight, bias = self.conv.weight, self.conv.bias
+        return where.backend.convolution(inputs[0], weight, bias, padding, activation, skip, first)
 
     def taken(self, where: Where, activated: bool = False) -> Taken:
         """What a call takes."""
         t, h, w = (span.length for span in where.output)
+        padding = Padding.between(where.inputs[0], where.output, (1, 1), self._padding)
+        operands = Operands(
+            *(where.batch, t, h, w, self._in, self._out, where.dtype.size),
+            ((0, 0), padding.rows, padding.columns),
+            self._padding == "reflect",
+        )
         size = ConvolutionSize(
             given=where.batch * where.inputs[0].volume * self._in,
             frame=where.batch * where.inputs[0].area * self._in,
@@ -60,6 +73,7 @@ class Conv3d(nn.Module):
             made=where.batch * where.output.volume * self._out,
             weights=27 * self._in * self._out,
             activated=activated,
+            operands=operands,
         )
         nbytes = where.backend.convolution_bytes(size, where.dtype.size)
         return Taken(nbytes, max(size.padded, size.made))
@@ -184,19 +198,18 @@ class ResnetBlock3D(nn.Module):
         return self._with_noise(0, self.conv1(inputs, where, need, activation), where)
 
     def _second(self, inputs: Inputs, where: Where, need: Convolution, activation: Activation) -> mx.array:
-        y = self._with_noise(1, self.conv2(inputs, where, need, activation), where)
-        skip = inputs[1]
-        return y + (self.conv_shortcut(self.norm3(skip)) if "norm3" in self else skip)
+        skip = self.conv_shortcut(self.norm3(inputs[1])) if "norm3" in self else inputs[1]
+        if self._noise is None:
+            return self.conv2(inputs, where, need, activation, skip)
+        return self._with_noise(1, self.conv2(inputs, where, need, activation), where) + skip
 
     def _second_taken(self, where: Where) -> Taken:
-        convolution = self.conv2.taken(where, activated=True)
-        positions, itemsize = where.batch * where.output.volume, where.dtype.size
-        adding = itemsize * positions * self._out
-        adding += where.backend.addition_bytes(positions * self._out, itemsize)
+        convolution, positions = self.conv2.taken(where, activated=True), where.batch * where.output.volume
+        made, itemsize, shortcut = positions * self._out, where.dtype.size, 0
         if "norm3" in self:
-            adding += where.backend.norm_bytes(positions * self._in, itemsize)
-            adding += itemsize * positions * self._out
-        return convolution._replace(nbytes=max(convolution.nbytes, adding))
+            shortcut = where.backend.norm_bytes(positions * self._in, itemsize) + itemsize * made
+        nbytes = where.backend.addition_bytes(convolution.nbytes, made, shortcut, itemsize)
+        return convolution._replace(nbytes=nbytes)
 
     def _with_noise(self, which: int, x: mx.array, where: Where) -> mx.array:
         if self._noise is None or where.noise is None:
@@ -259,10 +272,8 @@ class DepthToSpaceUpsample(nn.Module):
         return [self.conv.step(producer, need), Step(self._rearranged, self._taken, reads, self._out)]
 
     def _rearranged(self, inputs: Inputs, where: Where) -> mx.array:
-        y = where.backend.computed(depth_to_space(inputs[0], self.stride))
-        if self._repeats:
-            skip = [depth_to_space(inputs[1], self.stride)] * self._repeats
-            y = where.backend.computed(y + where.backend.computed(mx.concatenate(skip, axis=-1)))
+        skip = inputs[1] if self._repeats else None
+        y = where.backend.upsample(inputs[0], skip, self.stride, self._repeats)
         parts = {}
         for axis, (coarse, fine, factor) in enumerate(
             zip(where.inputs[0], where.output, self.stride, strict=True), start=1

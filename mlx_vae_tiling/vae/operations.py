@@ -12,6 +12,9 @@ from mlx_vae_tiling.vae.regions import Reach, Region
 
 PIXEL_NORM_EPS = 1e-8
 
+SHARED_BYTES = 2**14
+"""MLX's `contiguous` makes no copy where one would free no more than this; gathering always does."""
+
 
 class Activation(NamedTuple):
     """Pixel norm, the timestep's shift and scale (B, 1, 1, 1, C) where there are any, SiLU."""
@@ -20,10 +23,19 @@ class Activation(NamedTuple):
     scale: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = pixel_norm(x)
-        if self.shift is not None and self.scale is not None:
-            x = x * (1 + self.scale) + self.shift
-        return nn.silu(x)
+        return self.after_norm(pixel_norm(x))
+
+    def after_norm(self, x: mx.array) -> mx.array:
+        """What is done to single numbers, in one pass on a GPU."""
+        if self.shift is None or self.scale is None:
+            return nn.silu(x)
+        return _modulated(x, self.shift, 1 + self.scale)
+
+
+@mx.compile
+def _modulated(x: mx.array, shift: mx.array, factor: mx.array) -> mx.array:
+    x = x * factor + shift
+    return x * mx.sigmoid(x)
 
 
 class Padding(NamedTuple):
@@ -64,6 +76,32 @@ def reflect(x: mx.array, axis: int, amounts: tuple[int, int]) -> mx.array:
     return mx.concatenate([second] * amounts[0] + [x] + [last_but_one] * amounts[1], axis=axis)
 
 
+def mirrored(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
+    """(B, T, H, W, C) with what lies beside each border mirrored beyond it: one copy, then the borders."""
+    if not any(rows + columns):
+        return x
+    y = mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)])
+    _, _, h, w, _ = x.shape
+    vertical, horizontal = _reflections(rows, h), _reflections(columns, w)
+    for target, source in vertical:
+        y[:, :, target, columns[0] : columns[0] + w] = x[:, :, source]
+    for target, source in horizontal:
+        y[:, :, rows[0] : rows[0] + h, target] = x[:, :, :, source]
+    for row_target, row in vertical:
+        for target, source in horizontal:
+            y[:, :, row_target, target] = x[:, :, row, source]
+    return y
+
+
+def _reflections(amounts: tuple[int, int], size: int) -> list[tuple[slice, slice]]:
+    """Positions beyond the borders, and what is mirrored there; of both borders at once where steps allow."""
+    if amounts == (1, 1) and size > 3:
+        return [(slice(0, None, size + 1), slice(1, size - 1, size - 3))]
+    before, after = amounts
+    first, last = (slice(0, 1), slice(1, 2)), (slice(before + size, None), slice(size - 2, size - 1))
+    return [first] * before + [last] * after
+
+
 def surround(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
     """Rows and columns of zeros around every frame."""
     return mx.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
@@ -99,7 +137,7 @@ def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
     narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]
     if not narrowed:
         return x
-    axis, *others = narrowed
-    view = x[tuple(parts[a] if a in others else slice(None) for a in range(x.ndim))]
-    # A slice of an evaluated array is a view of it; gathering copies.
-    return mx.take(view, mx.arange(parts[axis].start, parts[axis].stop), axis=axis)
+    view = x[tuple(parts.get(axis, slice(None)) for axis in range(x.ndim))]
+    if x.nbytes - view.nbytes > SHARED_BYTES:
+        return mx.contiguous(view)
+    return mx.take(view, mx.arange(view.shape[narrowed[0]]), axis=narrowed[0])

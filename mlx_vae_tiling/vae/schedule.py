@@ -135,11 +135,7 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
         Each `Compute`, followed by a `Forget` of every producer of which fewer frames are needed from then
         on, and, if it is the last step's, by a `Deliver`.
     """
-    readers: list[list[Read]] = [[] for _ in steps]
-    for number, step in enumerate(steps):
-        for producer, need in step.reads:
-            readers[producer].append(Read(number, need))
-    scales = frames_per_latent(steps)
+    readers, scales = readers_of(steps), frames_per_latent(steps)
     made, held = ([span.start for span in times] for _ in range(2))
 
     def ready(number: int) -> int:
@@ -174,6 +170,15 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
             yield Deliver(number)
         # Nothing but its readers can have become ready.
         number = max((reader for reader, _ in readers[number]), default=number)
+
+
+def readers_of(steps: Sequence[Step]) -> list[list[Read]]:
+    """Of each step, who reads it, and through which need."""
+    readers: list[list[Read]] = [[] for _ in steps]
+    for number, step in enumerate(steps):
+        for producer, need in step.reads:
+            readers[producer].append(Read(number, need))
+    return readers
 
 
 def frames_per_latent(steps: Sequence[Step]) -> list[int]:

@@ -200,7 +200,9 @@ class NABlock(nn.Module):
         attending = 2 * result + call
         mixing = 2 * result + backend.mlp_bytes(min(few, self._tile(where)) * self._hidden, size)
         phases = backend.queries_bytes(few * c, size), attending, 4 * result, mixing
-        return Taken(by_frames_bytes(c * size, made, few, max(phases)), 2 * c * where.batch * where.inputs[0].volume)
+        kept = 2 * width * where.inputs[0].volume
+        copied = kept * size * (where.batch > 1)
+        return Taken(copied + by_frames_bytes(c * size, made, few, max(phases)), kept)
 
     def _attention_block(self, where: Where) -> Stride:
         t, h, w = (span.length for span in where.output)

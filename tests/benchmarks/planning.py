@@ -18,6 +18,7 @@ from mlx_vae_tiling import (
     TemporalTilingConfig,
     TilingConfig,
     VideoDecoder,
+    Window,
     decode_frames,
     plan_decode,
 )
@@ -25,14 +26,15 @@ from mlx_vae_tiling.vae.published import PUBLISHED
 
 
 class Case(NamedTuple):
-    """A version at a width, the frames, height and width of latents, a dtype, a budget, and tiles."""
+    """A version at a width, the frames, height and width of latents, a dtype, a budget, tiles, a window."""
 
     version: str
     base_channels: int
     size: tuple[int, int, int]
     dtype: str
     memory_limit: str
-    tiling: TilingConfig | None = None
+    tiling: TilingConfig | int | None = None
+    window: Window | None = None
 
 
 class Result(NamedTuple):
@@ -48,6 +50,7 @@ class Result(NamedTuple):
 
 
 TILES = TilingConfig(SpatialTilingConfig(128, 32), TemporalTilingConfig(32, 8))
+FROM_8_TO_40 = Window(frames=slice(8, 40))
 QUICK = [
     Case("ltx-2.3", 4, (9, 4, 5), "float32", "1GB"),
     Case("ltx-2.3", 4, (9, 4, 5), "bfloat16", "3MB"),
@@ -83,6 +86,24 @@ CASES = [
     Case("ltx-2", 8, (9, 6, 9), "float16", "8MB"),
     Case("ltx-2", 4, (9, 6, 8), "float32", "60MB", TILES),
     Case("ltx-2.3", 8, (9, 6, 8), "bfloat16", "60MB", TilingConfig.temporal_only(32, 8)),
+    Case("ltx-2.3", 8, (17, 4, 6), "bfloat16", "1GB", None, FROM_8_TO_40),
+    Case("ltx-2.3", 8, (17, 4, 6), "float32", "9MB", None, FROM_8_TO_40),
+    Case("ltx-2.3", 8, (33, 3, 4), "float16", "5.4MB", None, Window(slice(121, 136))),
+    Case("ltx-2", 8, (17, 4, 6), "bfloat16", "12MB", None, FROM_8_TO_40),
+    Case("ltx-2", 8, (17, 4, 6), "float32", "1GB", None, FROM_8_TO_40),
+    Case("ltx-2", 4, (33, 3, 4), "float32", "2.6MB", None, Window(slice(121, 136))),
+    Case("ltx-2.3", 8, (5, 9, 16), "bfloat16", "1GB", None, Window(height=slice(96, 192))),
+    Case("ltx-2.3", 8, (5, 9, 16), "float32", "14MB", None, Window(height=slice(96, 192))),
+    Case("ltx-2", 8, (5, 9, 16), "float16", "1GB", None, Window(None, slice(96, 192), slice(100, 333))),
+    Case("ltx-2", 8, (9, 9, 16), "bfloat16", "11MB", None, Window(slice(8, 30), slice(96, 192))),
+    Case("ltx-0.9.0", 8, (9, 4, 5), "float32", "1GB"),
+    Case("ltx-0.9.0", 8, (9, 4, 5), "bfloat16", "8MB"),
+    Case("ltx-0.9.1", 8, (9, 4, 5), "float32", "1GB"),
+    Case("ltx-0.9.1", 8, (9, 4, 5), "float16", "14MB"),
+    Case("ltx-0.9.5", 8, (9, 4, 5), "bfloat16", "1GB"),
+    Case("ltx-0.9.5", 8, (9, 4, 5), "float32", "16MB", None, Window(slice(8, 40))),
+    Case("ltx-2.3", 8, (5, 9, 16), "bfloat16", "8MB", 1),
+    Case("ltx-2", 4, (5, 9, 16), "float32", "6.5MB", 2),
 ]
 
 
@@ -95,7 +116,8 @@ def measure_case(case: Case) -> Result:
     mx.eval(decoder.parameters(), latents)
     mx.synchronize()
     mx.clear_cache()
-    plan = plan_decode(decoder, latents.shape, memory_limit=case.memory_limit, tiling=case.tiling)
+    options = {"memory_limit": case.memory_limit, "tiling": case.tiling, "window": case.window}
+    plan = plan_decode(decoder, latents.shape, **options)
     start = time.perf_counter()
     peak = _run(decoder, latents, plan)
     return Result(plan, peak, time.perf_counter() - start)
@@ -117,7 +139,12 @@ def print_row(case: Case, result: Result) -> None:
     """Print a row of a Markdown table."""
     plan = result.plan
     chunk = f"{plan.latent_frames_per_step}" + (f", {plan.max_chunk_frames}" if plan.max_chunk_frames else "")
-    windows = "tiles" if case.tiling else len(plan.parts)
+    windows = "tiles" if isinstance(case.tiling, TilingConfig) else len(plan.parts)
+    if isinstance(case.tiling, int):
+        windows = f"{windows}, halo {case.tiling}"
+    shown = [span for span in plan.output if span.length < span.size]
+    if shown:
+        windows = f"{windows} of " + ", ".join(f"{span.start}:{span.stop}" for span in shown)
     size = "x".join(str(length) for length in case.size)
     print(
         f"| {case.version} | {case.base_channels} | {size} | {case.dtype} | {windows} | {chunk} | "

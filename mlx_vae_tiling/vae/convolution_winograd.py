@@ -1,0 +1,327 @@
+"""Convolutions by Winograd's products on a GPU: in space by MLX's own kernels, in time by ours.
+
+Both return the contract of `convolution_gpu.convolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_vae_tiling.vae.operands import Operands, Padding
+
+TILE = 6
+"""Rows and columns of the output that one 8x8 tile of MLX's kernels computes."""
+
+
+POSITIONS = 4096
+"""Input positions from which MLX's 3x3 convolution takes its Winograd kernels."""
+
+
+class Block(NamedTuple):
+    """Rows of one or several frames that are computed at a time.
+
+    Args:
+        frame, frames, row, rows: Of the output.
+        repeats: How often a single frame is computed, so that there are positions enough.
+    """
+
+    frame: int
+    frames: int
+    row: int
+    rows: int
+    repeats: int = 1
+
+
+def takes_winograd(positions: int, channels_in: int, channels_out: int) -> bool:
+    """Whether MLX's 3x3 convolution of this many input positions takes its Winograd kernels."""
+    aligned = channels_in % 32 == 0 and channels_out % 32 == 0
+    return aligned and channels_in + channels_out >= 256 and positions >= POSITIONS
+
+
+def kernel_bytes(frames: int, height: int, width: int, channels_in: int, channels_out: int, size: int) -> int:
+    """What MLX's Winograd convolution allocates besides its output of this height and width.
+
+    Padded input, transformed weights, transformed input, and the products.
+    """
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    padded = frames * (TILE * rows + 2) * (TILE * columns + 2) * channels_in
+    tiles = frames * rows * columns
+    return size * (padded + 64 * (channels_in * channels_out + tiles * (channels_in + channels_out)))
+
+
+def _by_the_kernel(padding: Padding) -> bool:
+    """Whether MLX's kernel pads: it does so on both sides or on none."""
+    return all(pair in ((0, 0), (1, 1)) for pair in padding[1:])
+
+
+def _block_bytes(operands: Operands, frames: int, rows: int) -> int:
+    """Memory of one block of that many rows (all of them, or with a row beside at each end)."""
+    c, o = 3 * operands.channels_in, operands.channels_out
+    whole = rows == operands.height
+    pads_rows = operands.padding[1] == (1, 1)
+    height = rows if whole or not pads_rows else rows + 2
+    seen = height if pads_rows else rows + 2
+    columns = operands.width + 2 - sum(operands.padding[2]) * _by_the_kernel(operands.padding)
+    read = frames * seen * columns * c
+    made = frames * height * operands.width * o
+    kernel = kernel_bytes(frames, height, operands.width, c, o, 4)
+    twice = read * operands.itemsize if whole and operands.itemsize < 4 else 0
+    return 4 * (read + made) + kernel + twice
+
+
+def blocks_of(operands: Operands, block_bytes: int) -> list[Block] | None:
+    """Whole frames, or even runs of rows of one frame, of which each fits.
+
+    Whether there are any, and where rows are cut, does not depend on the number of frames, so that
+    results do not either.
+
+    Returns:
+        The blocks; None where MLX would not take Winograd, or no block that is large enough fits.
+    """
+    frames, height, width = operands.frames, operands.height, operands.width
+    if not takes_winograd(POSITIONS, 3 * operands.channels_in, operands.channels_out):
+        return None
+    least = -(-POSITIONS // (height * width))
+    if _block_bytes(operands, least, height) <= block_bytes:
+        fitting = [n for n in range(least, frames + 1) if _block_bytes(operands, n, height) <= block_bytes]
+        return list(_runs_of_frames(frames, height, least, max(fitting, default=least)))
+    fitting = [r for r in range(1, height) if _block_bytes(operands, 1, r) <= block_bytes]
+    if not fitting:
+        return None
+    runs = _even(height, -(-height // max(fitting)))
+    if min(rows for _, rows in runs) * width < POSITIONS:
+        return None
+    return [Block(frame, 1, row, rows) for frame in range(frames) for row, rows in runs]
+
+
+def _runs_of_frames(frames: int, height: int, least: int, most: int) -> Iterator[Block]:
+    for start, count in _even(frames, -(-frames // most)):
+        if count >= least:
+            yield Block(start, count, 0, height)
+        else:
+            for frame in range(start, start + count):
+                yield Block(frame, 1, 0, height, least)
+
+
+def _even(length: int, count: int) -> list[tuple[int, int]]:
+    """Starts and lengths of `count` runs, about equally long."""
+    bounds = [length * i // count for i in range(count + 1)]
+    return [(start, stop - start) for start, stop in pairwise(bounds)]
+
+
+def block_workspace_bytes(operands: Operands, blocks: list[Block]) -> int:
+    """Of the form "winograd32": result, weights in float32, and the largest block."""
+    largest = max(_block_bytes(operands, block.frames * block.repeats, block.rows) for block in blocks)
+    weights = 4 * 27 * operands.channels_in * operands.channels_out
+    padded = 0
+    if not _by_the_kernel(operands.padding):
+        padded = operands.batch * (operands.frames + 2) * (operands.height + 2) * (operands.width + 2)
+    padded *= operands.channels_in * operands.itemsize
+    return operands.output_bytes + weights + max(largest, operands.output_bytes) + padded
+
+
+def in_blocks(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    skip: mx.array | None,
+    padding: Padding,
+    blocks: list[Block],
+) -> mx.array:
+    """Two-dimensional convolutions of three frames side by side as channels, in float32.
+
+    One product sums over the three taps in time, so that weights and results are transformed once.
+    Each block is evaluated before the next: MLX holds what a kernel allocates until it has run.
+    """
+    if not _by_the_kernel(padding):
+        x, padding = mx.pad(x, [(0, 0), *padding, (0, 0)]), ((0, 0), (0, 0), (0, 0))
+    (_, _), (above, below), (left, right) = padding
+    b, t, h, w, c = x.shape
+    frames, height, width = t - 2, h - 2 + above + below, w - 2 + left + right
+    o = len(weight)
+    kernel = weight.transpose(0, 2, 3, 1, 4).reshape(o, 3, 3, 3 * c).astype(mx.float32)
+    mx.eval(x, kernel)
+    parts = []
+    for n in range(b):
+        for block in blocks:
+            y = _block(x, n, kernel, block, above, left)
+            if skip is None:
+                y = _rounded_sum(y, bias)
+            else:
+                rows = slice(block.row, block.row + block.rows)
+                y = _rounded_sum_with(y, bias, skip[n, block.frame : block.frame + block.frames, rows])
+            # A copy at the end, not one in place per block: whether MLX finds nobody else to hold
+            # the result is a race with the GPU's last report.
+            parts.append(y.reshape(-1, width, o))
+            del y
+            mx.eval(parts[-1])
+    y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    mx.eval(y)
+    return y.reshape(b, frames, height, width, o)
+
+
+def _block(x: mx.array, n: int, kernel: mx.array, block: Block, above: int, left: int) -> mx.array:
+    """The block's rows in float32, without bias."""
+    _, t, h, w, c = x.shape
+    # Inside the frame the kernel pads too, and the rows that this spoils are left out.
+    top, bottom = max(block.row - above, 0), min(block.row + block.rows + 2 - above, h)
+    frame, row = h * w * c, w * c
+    shape = (block.frames * block.repeats, bottom - top, w, 3, c)
+    strides = (0 if block.repeats > 1 else frame, row, c, frame, 1)
+    taps = mx.as_strided(x, shape, strides, ((n * t + block.frame) * h + top) * row)
+    if bottom - top == h:
+        # All of three frames are a permutation of their numbers, which a cast would leave as it is.
+        taps = taps.reshape(*shape[:3], 3 * c)
+    taps = taps.astype(mx.float32).reshape(*shape[:3], 3 * c)
+    y = mx.conv2d(taps, kernel, padding=(above, left))
+    spoilt = block.row - top if above else 0
+    return y[: block.frames, spoilt : spoilt + block.rows]
+
+
+@mx.compile
+def _rounded_sum(y: mx.array, bias: mx.array) -> mx.array:
+    return (y + bias).astype(bias.dtype)
+
+
+@mx.compile
+def _rounded_sum_with(y: mx.array, bias: mx.array, skip: mx.array) -> mx.array:
+    return (y + bias + skip).astype(skip.dtype)
+
+
+class _Pairs(NamedTuple):
+    """Output frames 2i and 2i + 1 of the video, of which the first or last pair may be half there.
+
+    Args:
+        phase: 1 if the first output frame is odd, else 0.
+        slots: Pairs that are there at least in half.
+        odd_stop: End of the pairs whose odd frame is there; of all but the first `phase` pairs the
+            even one is.
+    """
+
+    phase: int
+    slots: int
+    odd_stop: int
+
+    def frames(self, tap: int, start: int, stop: int) -> slice:
+        """Of each pair, the input frame that its tap (0 to 3) reads."""
+        first = 2 * start + tap - self.phase
+        return slice(first, first + 2 * (stop - start) - 1, 2)
+
+
+def _pairs_of(frames: int, first_frame: int) -> _Pairs:
+    phase = first_frame % 2
+    return _Pairs(phase, (frames + phase + 1) // 2, (frames + phase) // 2)
+
+
+def time_workspace_bytes(operands: Operands, first_frame: int = 0) -> int:
+    """Of the form "winograd_time": weights, and the most products and results at a time."""
+    pairs = _pairs_of(operands.frames, first_frame)
+    evens, odds = pairs.slots - pairs.phase, pairs.odd_stop
+    weights = 36 * operands.channels_in * operands.channels_out * operands.itemsize
+    made = operands.output_bytes // operands.frames
+    read = operands.batch * operands.frame_bytes
+    steps = [
+        made * pairs.slots + (read + made) * pairs.slots,
+        2 * made * pairs.slots + (read + made) * evens,
+        2 * made * pairs.slots + made * evens + (read + made) * odds,
+        made * (evens + odds) + (operands.output_bytes if evens and odds else 0),
+    ]
+    return max(steps) + weights
+
+
+def in_time(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    skip: mx.array | None,
+    padding: Padding,
+    first_frame: int,
+) -> mx.array:
+    """F(2, 3) along time: of each pair of frames, four products in place of six.
+
+    A frame without its partner takes three of them, so that its value is the same with or without.
+    Products are evaluated one by one, so that each one's operand can go.
+    """
+    pairs = _pairs_of(x.shape[1] - 2, first_frame)
+    phase, slots, odd_stop = pairs
+    kernels = _time_kernels(weight)
+
+    def product(which: int, start: int, stop: int) -> mx.array:
+        (one, other), sign = _TAPS[which]
+        first, second = x[:, pairs.frames(one, start, stop)], x[:, pairs.frames(other, start, stop)]
+        return _plane_convolution(first + second if sign > 0 else first - second, kernels[which], padding)
+
+    low, high = product(1, 0, slots), product(2, 0, slots)
+    mx.eval(low)
+    mx.eval(high)
+    even = odd = None
+    if phase < slots:
+        even = _even_frames(product(0, phase, slots), low[:, phase:], high[:, phase:], bias)
+        mx.eval(even)
+    if odd_stop:
+        odd = _odd_frames(low[:, :odd_stop], high[:, :odd_stop], product(3, 0, odd_stop), bias)
+        mx.eval(odd)
+    del low, high
+    y = _interleaved(even, odd, pairs)
+    return y if skip is None else y + skip
+
+
+def _interleaved(even: mx.array | None, odd: mx.array | None, pairs: _Pairs) -> mx.array:
+    if even is None or odd is None:
+        return next(frames for frames in (even, odd) if frames is not None)
+    phase, slots, odd_stop = pairs
+    parts = [odd[:, :1]] if phase else []
+    if odd_stop > phase:
+        parts.append(mx.stack([even[:, : odd_stop - phase], odd[:, phase:]], axis=2).flatten(1, 2))
+    if odd_stop < slots:
+        parts.append(even[:, -1:])
+    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+_TAPS = (((0, 2), -1), ((1, 2), 1), ((2, 1), -1), ((1, 3), -1))
+"""Of each product, two of a pair's four input frames, and the sign of the second."""
+
+
+def _time_kernels(weight: mx.array) -> list[mx.array]:
+    """(O, 3, 3, 3, C) to four of (O, 1, 3, 3, C), rounded once."""
+    first, middle, last = (weight[:, i : i + 1] for i in range(3))
+    kernels = [first, _half_sum(first, middle, last), _half_sum(first, -middle, last), last]
+    kernels = [mx.contiguous(kernel) for kernel in kernels]
+    mx.eval(kernels)
+    return kernels
+
+
+@mx.compile
+def _half_sum(first: mx.array, middle: mx.array, last: mx.array) -> mx.array:
+    total = first.astype(mx.float32) + middle.astype(mx.float32) + last.astype(mx.float32)
+    return (total / 2).astype(first.dtype)
+
+
+def _plane_convolution(x: mx.array, kernel: mx.array, padding: Padding) -> mx.array:
+    """(B, N, H, W, C) frames, each with a kernel of one frame, as a batch.
+
+    A batch of one would take two-dimensional Winograd, unless a stride is given, which never applies.
+    """
+    b, n, h, w, c = x.shape
+    low, high = ([pair[side] for pair in padding] for side in (0, 1))
+    y = mx.conv_general(
+        x.reshape(b * n, 1, h, w, c),
+        kernel,
+        stride=(2 if b * n == 1 else 1, 1, 1),
+        padding=(low, high),
+    )
+    return y.reshape(b, n, *y.shape[2:])
+
+
+@mx.compile
+def _even_frames(m0: mx.array, m1: mx.array, m2: mx.array, bias: mx.array) -> mx.array:
+    return m0 + m1 + m2 + bias
+
+
+@mx.compile
+def _odd_frames(m1: mx.array, m2: mx.array, m3: mx.array, bias: mx.array) -> mx.array:
+    return m1 - m2 - m3 + bias
