@@ -172,7 +172,9 @@ def test_files_side_by_side_are_told_apart_by_their_kind(tmp_path):
     with pytest.raises(ValueError, match=r"\(tiny, for pre.*er.safetensors \(conv.*av.safetensors \(diff"):
         load_decoder(tmp_path)
     # The JSON is the diffusion decoder's, and says nothing of the convolutional one.
-    with pytest.raises(ValueError, match="comes without a config, and shapes cannot tell the spatial padding"):
+    with pytest.raises(
+        ValueError, match="comes without a config, and shapes cannot tell the spatial padding"
+    ):
         load_decoder(tmp_path / "vae_decoder.safetensors")
     assert same(load_decoder(tmp_path / "vae_decoder.safetensors", config=original_json("ltx-2.3")), conv)
     assert same(load_decoder(tmp_path / "vae_decoder_av.safetensors"), reference_decoder())

@@ -134,7 +134,9 @@ def test_noise_of_a_seed_is_as_good_as_an_array():
 def test_noise_of_a_padded_clip_may_have_either_size():
     """A clip of one latent is padded to 3x3x3 of them: what the padding holds comes from the seed."""
     decoder, latents = small_decoder(), random_latents(1, 1, 1)
-    whole = decoder.noise(latents.shape, decoder.options(seed=4)).pixels(Window().region(17, 96, 96), 1, 3, (8, 32))
+    whole = decoder.noise(latents.shape, decoder.options(seed=4)).pixels(
+        Window().region(17, 96, 96), 1, 3, (8, 32)
+    )
     seeded = joined(decoder.stream(latents, seed=4))
     inner = whole[:, :, :1, 32:64, 32:64]
     assert seeded.shape == (1, 3, 1, 32, 32)
@@ -170,7 +172,10 @@ ERRORS = [
     ({"noise_scale": 0.0}, "takes no noise_scale, got 0.0"),
     ({"causal": True}, "takes no causal, got True"),
     ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-    ({"noise": mx.zeros((1, 3, 8, 96, 96))}, r"shape of the frames \(1, 3, 9, 96, 96\), got \(1, 3, 8, 96, 96\)"),
+    (
+        {"noise": mx.zeros((1, 3, 8, 96, 96))},
+        r"shape of the frames \(1, 3, 9, 96, 96\), got \(1, 3, 8, 96, 96\)",
+    ),
 ]
 
 

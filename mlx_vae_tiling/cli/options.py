@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vae_tiling.tiling import TilingConfig
-from mlx_vae_tiling.vae.base import Config
+from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.published import NAMES
 from mlx_vae_tiling.vae.regions import Window
 

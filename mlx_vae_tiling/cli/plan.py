@@ -14,7 +14,8 @@ from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.vae.base import Config, StreamingDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.published import NAMES, AnyConfig
 
 PURPOSE = "say what a decode will take, without decoding"

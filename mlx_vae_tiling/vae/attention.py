@@ -46,7 +46,9 @@ class Blocks(NamedTuple):
     def part(self, start: int, stop: int) -> Blocks:
         """The blocks start to stop - 1 of these."""
         offset = start * self.queries
-        return self._replace(first=self.first + offset, first_key=self.first_key + offset, repeats=stop - start)
+        return self._replace(
+            first=self.first + offset, first_key=self.first_key + offset, repeats=stop - start
+        )
 
 
 def window_start(position: int, kernel: int, size: int) -> int:

@@ -28,6 +28,10 @@ BLOCK_ELEMENTS = 2**17
 """How much the CPU activates at a time: a few copies of it fit into a core's cache."""
 
 
+KEY_COPY_QUERIES = 96
+"""Queries whose products with a key take as long as copying it, at 13 TFLOP/s and 400 GB/s."""
+
+
 class Taken(NamedTuple):
     """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
 
@@ -232,8 +236,8 @@ class Backend:
 
     @property
     def queries_per_key_copy(self) -> int:
-        """Queries whose products with a key take as long as copying it: modelled, at 13 TFLOP/s and 400 GB/s."""
-        return 96
+        """Queries whose products with a key take as long as copying it for them."""
+        return KEY_COPY_QUERIES
 
     def rms_norm_bytes(self, given: int, itemsize: int) -> int:
         """What normalising takes, its result included."""

@@ -21,7 +21,7 @@ from mlx_vae_tiling.vae.attention import (
     rotary_factors,
     rotated,
 )
-from mlx_vae_tiling.vae.backend import METAL, AttentionSize, Taken, Where
+from mlx_vae_tiling.vae.backend import KEY_COPY_QUERIES, AttentionSize, Taken, Where
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.layers import sinusoid
@@ -110,7 +110,7 @@ class NABlock(nn.Module):
         attended = Read(producer + 1, Attention(self._kernel))
         reads = (attended, Read(producer, Same()), *([addend[0]] if addend else []))
         # Also the products that a block of queries computes because its windows differ.
-        block = block_for(self._kernel, (8, 16, 16), METAL.queries_per_key_copy)
+        block = block_for(self._kernel, (8, 16, 16), KEY_COPY_QUERIES)
         attention = 4 * c * math.prod(b + k - 1 for b, k in zip(block, self._kernel, strict=True))
         return [
             Step(
