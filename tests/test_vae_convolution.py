@@ -4,11 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.vae import convolution
+from mlx_vae_tiling.vae import convolution_cpu
 from mlx_vae_tiling.vae.convolution import FORMS, convolve
 
 # (batch, frames, height, width, channels in, channels out) of the output. NumPy's form changes its
-# method above 32 channels, and above 4096 positions it takes blocks of rows.
+# method above 32 channels and, with them, where a frame has 32 tiles of 4x2; above 4096 positions it
+# takes blocks of rows.
 SHAPES = [
     (1, 1, 1, 1, 3, 5),
     (2, 1, 1, 7, 4, 6),
@@ -18,6 +19,7 @@ SHAPES = [
     (1, 5, 2, 3, 8, 48),
     (2, 1, 4, 3, 48, 8),
     (1, 1, 70, 71, 3, 4),
+    (2, 2, 19, 17, 34, 9),
 ]
 # The result is rounded once or, where the bias is added to a rounded product, twice.
 TOLERANCES = {mx.float32: 1e-5, mx.float16: 2**-10, mx.bfloat16: 2**-7}
@@ -41,11 +43,11 @@ def relative_error(y, expected):
     return np.abs(np.array(y.astype(mx.float32)) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("workspace_bytes", [convolution.WORKSPACE_BYTES, 2 * 4 * 27 * 40 * 6])
+@pytest.mark.parametrize("workspace_bytes", [convolution_cpu.WORKSPACE_BYTES, 2 * 4 * 27 * 40 * 6])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_form_equals_float64(form, dtype, workspace_bytes, monkeypatch):
-    monkeypatch.setattr(convolution, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(convolution_cpu, "WORKSPACE_BYTES", workspace_bytes)
     for shape in SHAPES:
         x, weight, bias = operands(shape, dtype)
         y = convolve(x, weight, bias, form)
@@ -68,8 +70,8 @@ def test_form_takes_views(form):
 
 
 def test_numpy_blocks_stay_within_the_workspace(monkeypatch):
-    monkeypatch.setattr(convolution, "WORKSPACE_BYTES", 2 * 4 * 27 * 40 * 6)
+    monkeypatch.setattr(convolution_cpu, "WORKSPACE_BYTES", 2 * 4 * 27 * 40 * 6)
     sizes, matmul = [], np.matmul
     monkeypatch.setattr(np, "matmul", lambda a, b, out: sizes.append(a.nbytes) or matmul(a, b, out=out))
     convolve(*operands((1, 1, 7, 6, 40, 8)), "numpy")
-    assert max(sizes) == convolution.WORKSPACE_BYTES and len(sizes) == 4
+    assert max(sizes) == convolution_cpu.WORKSPACE_BYTES and len(sizes) == 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae.blocks import Stride
-from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve, convolve_frames
+from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
+from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
+from mlx_vae_tiling.vae.convolution_frames import convolve_frames
 from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
+from mlx_vae_tiling.vae.workspace import Workspace
 
 BackendName = Literal["cpu", "metal", "cuda"]
 
@@ -118,6 +121,10 @@ class Backend:
     def device_memory(self) -> dict[str, int | str] | None:
         """What MLX says of the device's memory; None where it is the machine's."""
         return mx.device_info()
+
+    def opened(self) -> Backend:
+        """The backend for one stream: with what only one may use at a time."""
+        return self
 
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
@@ -245,26 +252,35 @@ class Backend:
 
     def keys_bytes(self, given: int, itemsize: int) -> int:
         """What making keys and values of so many elements takes, both included."""
-        return (5 * itemsize + 16) * given
+        return (38 if itemsize == 4 else 32) * given
 
     def queries_bytes(self, given: int, itemsize: int) -> int:
         """What making queries of so many elements takes, these included."""
-        return (4 * itemsize + 16) * given
+        return (22 if itemsize == 4 else 24) * given
 
     def mlp_bytes(self, hidden: int, itemsize: int) -> int:
         """What an MLP with so many hidden elements takes, its result included."""
-        return 4 * itemsize * hidden
+        return 5 * itemsize * hidden // 2
 
     def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
         """What a call of attention takes, its result included: copies of keys, but no matrix of scores."""
-        return itemsize * (2 * size.gathered + 3 * size.queries)
+        return itemsize * (size.gathered + 3 * size.queries)
 
 
 @dataclass(frozen=True)
 class CPUBackend(Backend):
-    """Computes at once, step by step and frame by frame, so that the peak is small and always the same."""
+    """Computes at once, step by step and frame by frame, so that the peak is small and always the same.
+
+    Args:
+        form: Pins a form of convolution.
+        workspace: Where NumPy's forms compute, outside of MLX; None for a new one each time.
+    """
 
     name: BackendName = "cpu"
+    workspace: Workspace | None = field(default=None, compare=False)
+
+    def opened(self) -> CPUBackend:
+        return replace(self, workspace=Workspace())
 
     @property
     def pieces_ahead(self) -> int:
@@ -283,6 +299,41 @@ class CPUBackend(Backend):
 
     def settle(self, *arrays: mx.array) -> None:
         mx.eval(*arrays)
+
+    def convolution(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        padding: Padding,
+        activation: Activation | None = None,
+        skip: mx.array | None = None,
+        first_frame: int = 0,
+    ) -> mx.array:
+        """In float32 one pass over rows in cache: what is activated and what is padded exist only there.
+
+        In half precision what is activated is rounded, as it is on other backends.
+        """
+        if not self._fuses(x.dtype.size):
+            return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
+        return convolve_numpy(
+            *(x, weight, bias),
+            replicas=padding.frames,
+            padding=(*padding.rows, *padding.columns),
+            mode=padding.mode,
+            activation="none" if activation is None else "norm_silu",
+            modulation=None if activation is None else activation.modulation,
+            residual=skip,
+            workspace=self.workspace,
+        )
+
+    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        if (self.form or self.default_form(x.dtype)) != "numpy":
+            return super().convolve(x, weight, bias)
+        return convolve_numpy(x, weight, bias, workspace=self.workspace)
+
+    def _fuses(self, itemsize: int) -> bool:
+        return (self.form or self.default_form(mx.float32)) == "numpy" and itemsize == 4
 
     def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
         """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
@@ -309,7 +360,9 @@ class CPUBackend(Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """Input and output in float32; in half precision the input too, or the output when it is rounded."""
+        """What comes out; unless in one pass also what goes in, which in half precision is cast."""
+        if self._fuses(itemsize):
+            return 4 * size.made
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:

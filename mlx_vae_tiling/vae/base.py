@@ -237,9 +237,10 @@ class StreamingDecoder(WeightedModule):
         """
         # A thread cannot compute what another one has only scheduled.
         mx.eval(latents, self.parameters())
+        policy = self.policy(backend)
 
         def pieces() -> Iterator[mx.array]:
-            yield from self.open(latents, options, pixels, noise, backend).run(pace)
+            yield from self.open(latents, options, pixels, noise, policy).run(pace)
 
         return pieces()
 
@@ -255,7 +256,7 @@ class StreamingDecoder(WeightedModule):
         steps = self.steps(options, latents.dtype)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
         noise = self.noise(latents.shape, options, noise)
-        return Stream(steps, regions, latents, self.dtype, self.policy(backend), noise)
+        return Stream(steps, regions, latents, self.dtype, self.policy(backend).opened(), noise)
 
     def policy(self, backend: Backend | str | None = None) -> Backend:
         """A backend with the form of convolution that is pinned, if one is."""

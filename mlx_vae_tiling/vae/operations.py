@@ -22,6 +22,11 @@ class Activation(NamedTuple):
     shift: mx.array | None = None
     scale: mx.array | None = None
 
+    @property
+    def modulation(self) -> tuple[mx.array, mx.array] | None:
+        """Shift and scale."""
+        return None if self.shift is None or self.scale is None else (self.shift, self.scale)
+
     def __call__(self, x: mx.array) -> mx.array:
         return self.after_norm(pixel_norm(x))
 
