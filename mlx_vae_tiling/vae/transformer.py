@@ -261,7 +261,8 @@ class PixelShuffle(nn.Module):
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * self._out
-        return Taken(2 * made * where.dtype.size, made)
+        kept = where.batch * where.output.volume * self._out // self._positions
+        return Taken((2 * made + kept * (kept < made)) * where.dtype.size, made)
 
 
 class TimestepEmbedder(nn.Module):
