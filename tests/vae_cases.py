@@ -115,7 +115,8 @@ def small_decoder(version, spatial_padding_mode=None, num_layers=1, base_channel
     config = replace(
         config,
         decoder_blocks=tuple(blocks),
-        base_channels=base_channels,
+        # Widths that are spelled out cannot be changed by their last one.
+        base_channels=config.base_channels if version == "ltx-2.3-pruna" else base_channels,
         spatial_padding_mode=spatial_padding_mode or config.spatial_padding_mode,
     )
     return VideoDecoder(config).init_random(seed=1)

@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_planning(command: argparse.ArgumentParser, named: str = "") -> None:
+def add_planning(command: argparse.ArgumentParser, named: str = "", required: bool = True) -> None:
     """Declares the arguments that a plan needs, for `plan` and for `decode`."""
     add = command.add_argument
-    add("--vae", required=True, metavar="SOURCE", help=SOURCE + named)
+    add("--vae", required=required, metavar="SOURCE", help=SOURCE + named)
     add("--memory", metavar="BYTES", help="budget, as 8GB or 6.5GiB; default: 70 %% of what is available")
     add(
         "--tiling",
@@ -81,7 +81,11 @@ def read_given_latents(args: argparse.Namespace, config: Config) -> SavedLatents
 
 
 def plan_for(
-    args: argparse.Namespace, decoder: StreamingDecoder | AnyConfig, shape: tuple[int, ...], dtype: mx.Dtype
+    args: argparse.Namespace,
+    decoder: StreamingDecoder | AnyConfig,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    inference_steps: int | None = None,
 ) -> DecodePlan:
     """Plans a decode as the arguments say."""
     config = decoder.config if isinstance(decoder, StreamingDecoder) else decoder
@@ -92,4 +96,5 @@ def plan_for(
         dtype=dtype,
         tiling=parse_tiling(args.tiling, config, shape),
         window=parse_window(args.frames, args.crop),
+        num_inference_steps=inference_steps,
     )

@@ -45,6 +45,7 @@ def plan_decode(
     tiling: TilingConfig | int | None = None,
     window: Window | None = None,
     causal: bool | None = None,
+    num_inference_steps: int | None = None,
     parts: tuple[Part, ...] | None = None,
 ) -> DecodePlan:
     """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
@@ -59,6 +60,7 @@ def plan_decode(
             receptive field for windows that see this many latents around them, and no more.
         window: The part of the output that is wanted; None for all of it.
         causal: Overrides the config's.
+        num_inference_steps: Of a diffusion decoder; None for its config's.
         parts: Those of an earlier plan for the same window, to be kept.
 
     Returns:
@@ -75,7 +77,8 @@ def plan_decode(
             f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
         )
     dtype = parse_dtype(dtype or decoder.dtype)
-    model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), causal)
+    options = decoder.options(causal=causal, num_inference_steps=num_inference_steps)
+    model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), options)
     budget = memory_budget(memory_limit)
     wanted = (window or Window()).region(*decoder.output_shape(latent_shape)[2:])
     if isinstance(tiling, TilingConfig):
@@ -84,7 +87,7 @@ def plan_decode(
                 f"blended tiles decode all of the output, got the window {window}; crop its frames"
             )
         # Tiles are blended in float32.
-        model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, causal, mx.float32)
+        model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
@@ -232,6 +235,7 @@ def _assemble(
         config=model.decoder.config,
         dtype=str(model.dtype).removeprefix("mlx.core."),
         causal=model.options.causal,
+        inference_steps=model.options.inference_steps,
         backend=model.backend,
         output=wanted,
         parts=parts,
@@ -245,5 +249,5 @@ def _assemble(
         operations=operations,
         recompute=operations / at_once,
         limited_by=limited_by,
-        latents_to_first_frame=model.latents_before(first).time.length,
+        latents_to_first_frame=min(model.latents_before(first).time.length, model.latent_shape[2]),
     )

@@ -312,14 +312,15 @@ class StreamingDecoder(WeightedModule):
         tiling_config: TilingConfig | None,
         backend: Backend | str | None = None,
         debug: bool = False,
+        noise: Noise | None = None,
     ) -> Iterator[mx.array]:
         """`stream_tiled` with everything resolved and checked."""
         mx.eval(latents, self.parameters())
-        noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
+        whole = self.noise(latents.shape, options, noise)
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
             # In float32, in which tiles are blended.
-            return self.decode_whole(tile.astype(mx.float32), options, noise.at(position), backend)
+            return self.decode_whole(tile.astype(mx.float32), options, whole.at(position), backend)
 
         scales = self.config.spatial_scale, self.config.temporal_scale
         return iter_decode_with_tiling(decode, latents, tiling_config, *scales, debug=debug)

@@ -102,7 +102,7 @@ class Noise:
         rows = slice(top + region.height.start, top + region.height.stop)
         columns = slice(left + region.width.start, left + region.width.stop)
         if self.given is not None:
-            return self.given[:, :, frames.start : frames.stop, rows, columns]
+            return self._given(frames, rows, columns)
         # A clip that is padded is larger than its latents say.
         size = (
             max(self.size[0] * side, top + region.height.size),
@@ -116,3 +116,19 @@ class Noise:
             drawn.append(mx.contiguous(whole[..., rows, columns]))
             mx.eval(drawn[-1])
         return mx.stack(drawn, axis=2)
+
+    def _given(self, frames: range, rows: slice, columns: slice) -> mx.array:
+        """A part of the array, whose borders are repeated beyond them, as those of a padded tile are."""
+        assert self.given is not None
+        part = self.given
+        for axis, (start, stop) in enumerate(
+            ((frames.start, frames.stop), (rows.start, rows.stop), (columns.start, columns.stop)), start=2
+        ):
+            size = part.shape[axis]
+            if stop <= size:
+                bounds = [slice(None)] * part.ndim
+                bounds[axis] = slice(start, stop)
+                part = part[tuple(bounds)]
+            else:
+                part = mx.take(part, mx.array([min(i, size - 1) for i in range(start, stop)]), axis=axis)
+        return part
