@@ -27,7 +27,12 @@ UP_BLOCKS += ["up_blocks.2.upsamplers.0", "up_blocks.2", "up_blocks.3.upsamplers
 
 
 UP_BLOCKS_PRUNA = ["mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.conv_in"]
-UP_BLOCKS_PRUNA += ["up_blocks.1.upsamplers.0", "up_blocks.1", "up_blocks.2.conv_in", "up_blocks.2.upsamplers.0"]
+UP_BLOCKS_PRUNA += [
+    "up_blocks.1.upsamplers.0",
+    "up_blocks.1",
+    "up_blocks.2.conv_in",
+    "up_blocks.2.upsamplers.0",
+]
 UP_BLOCKS_PRUNA += ["up_blocks.2", "up_blocks.3.upsamplers.0", "up_blocks.3"]
 
 

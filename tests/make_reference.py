@@ -60,8 +60,8 @@ BLOCKS_23 += [res(2), up(), res(2)]
 LTX2 = {"timestep_conditioning": False, "normalize_latent_channels": False}
 # Widths 1024, 512, 384, 256, 128, 64 with 3 for 64. How the converted file writes the two narrowing blocks is
 # not known, but that it names their channels.
-BLOCKS_PRUNA = BLOCKS_23[:4] + [["res_x_y", {"in_channels": 18, "out_channels": 12}]] + BLOCKS_23[4:6]
-BLOCKS_PRUNA += [["res_x_y", {"in_channels": 24, "out_channels": 18}]] + BLOCKS_23[6:]
+BLOCKS_PRUNA = [*BLOCKS_23[:4], ["res_x_y", {"in_channels": 18, "out_channels": 12}], *BLOCKS_23[4:6]]
+BLOCKS_PRUNA += [["res_x_y", {"in_channels": 24, "out_channels": 18}], *BLOCKS_23[6:]]
 
 # What each version adds to COMMON, with as few base channels as its blocks permit: residual upsamples need
 # channels divisible by 8, hence 4; PixelNorm over fewer than 3 channels is ill-conditioned. Whether the
@@ -129,8 +129,8 @@ def build(version):
     kind = AutoencoderKLLTX2Video if version.startswith("ltx") else AutoencoderKLLTXVideo
     vae = kind(**config)
     if version == "ltx-2.3-pruna":
-        # The class divides the channels that arrive here by the upsampler's factor, and cannot run: from its own
-        # module, the block that the published tensors are of.
+        # The class divides the channels that arrive here by the upsampler's factor, and cannot run: from its
+        # own module, the block that the published tensors are of.
         vae.decoder.up_blocks[2].conv_in = LTX2VideoResnetBlock3d(6 * base, 4 * base)
     vae = vae.double().eval()
     kept = {key: value for key, value in vae.config.items() if key != "_use_default_values"}

@@ -1,26 +1,28 @@
 """Freeze outputs of the reference implementation of LTX-2.5's diffusion decoder in tests/data.
 
-The reference is `LTX2VideoDiffusionDecoderModel` of diffusers 0.42.1 with torch 2.13 (CPU), safetensors 0.8 and
-NumPy 2.4; the tests need only the file. `python tests/make_reference_diffusion.py [folder]` writes it again.
+The reference is `LTX2VideoDiffusionDecoderModel` of diffusers 0.42.1 with torch 2.13 (CPU), safetensors
+0.8 and NumPy 2.4; the tests need only the file. `python tests/make_reference_diffusion.py [folder]`
+writes it again.
 
-The decoder has the published kernels and strides. It is narrower and shallower and its weights are random. The
-class's own attention on the CPU holds the scores of all tokens with all others, 23 GB for the smallest clip, so
-that an attention processor that gathers each window takes its place; before anything is written the two are
-compared on a grid that both can do. Clips below the size of a kernel, which the class refuses, are padded to it by
-repetition (in time at the end, in space on both sides) and cropped, as the producer's own code does.
+The decoder has the published kernels and strides. It is narrower and shallower and its weights are
+random. The class's own attention on the CPU holds the scores of all tokens with all others, 23 GB for the
+smallest clip, so that an attention processor that gathers each window takes its place; before anything is
+written the two are compared on a grid that both can do. Clips below the size of a kernel, which the class
+refuses, are padded to it by repetition (in time at the end, in space on both sides) and cropped, as the
+producer's own code does.
 
 The file holds
 
-- the decoder under the keys of the original checkpoints. Matrices are int8: multiply by `kernel_scale` (2**-8) of
-  the metadata. Other weights are float16. All are exact in bfloat16.
-- `case.K.latents` (B, C, F, H, W), normalised; `case.K.output` (B, 3, 8(F-1)+1, 32H, 32W), of which only every
-  `stride`-th row and column is kept, from 0 on.
+- the decoder under the keys of the original checkpoints. Matrices are int8: multiply by `kernel_scale`
+  (2**-8) of the metadata. Other weights are float16. All are exact in bfloat16.
+- `case.K.latents` (B, C, F, H, W), normalised; `case.K.output` (B, 3, 8(F-1)+1, 32H, 32W), of which only
+  every `stride`-th row and column is kept, from 0 on.
 - metadata: `config` (the original JSON form), `diffusers_config`, `kernel_scale`, and `cases`, a list of
   {latents: shape, steps, noise_seed, noise_shape, stride}. The noise, in the size of the padded clip, is
   `numpy.random.RandomState(noise_seed).standard_normal(noise_shape)` in float32.
 
-The maths runs in float64 on these exact weights, but for the sinusoid and the rotations, which diffusers keeps in
-float32.
+The maths runs in float64 on these exact weights, but for the sinusoid and the rotations, which diffusers
+keeps in float32.
 """
 
 import json

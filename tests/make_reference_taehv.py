@@ -1,23 +1,24 @@
 """Freeze outputs of the reference implementation of the tiny LTX decoders in tests/data.
 
 The reference is `taehv.py` of github.com/madebyollin/taehv: that of its main branch for `taeltx_2` and
-`taeltx2_3`, that of the branch `2026_03_11_taeltx23_wide` for `taeltx2_3_wide`; with torch 2.13 (CPU), tqdm,
-safetensors 0.8 and NumPy 2.4. The tests need only the files.
+`taeltx2_3`, that of the branch `2026_03_11_taeltx23_wide` for `taeltx2_3_wide`; with torch 2.13 (CPU),
+tqdm, safetensors 0.8 and NumPy 2.4. The tests need only the files.
 
     python tests/make_reference_taehv.py MAIN/taehv.py WIDE/taehv.py [folder]
 
 writes them again. Each decoder is put together from the reference's own modules, in its order, with fewer
 channels, and in the wide one fewer blocks; its weights are random. It runs through `TAEHV.decode_video`.
 
-A file holds the decoder under its own keys (kernels and biases are int8: multiply by `kernel_scale` of the
-metadata), `case.K.latents` (B, C, F, H, W) and `case.K.output` (B, 3, 8(F-1)+1, 32H, 32W) in [0, 1], of which only
-every `stride`-th row and column is kept, from 0 on; metadata: `kernel_scale`, and `cases`, a list of {latents:
-shape, stride}. The maths runs in float64.
+A file holds the decoder under its own keys (kernels and biases are int8: multiply by `kernel_scale` of
+the metadata), `case.K.latents` (B, C, F, H, W) and `case.K.output` (B, 3, 8(F-1)+1, 32H, 32W) in [0, 1],
+of which only every `stride`-th row and column is kept, from 0 on; metadata: `kernel_scale`, and `cases`,
+a list of {latents: shape, stride}. The maths runs in float64.
 """
 
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def build(taehv, widths, blocks, wide):
     """The reference's autoencoder with a decoder of these widths in place of its own."""
     kind = taehv.WideMemBlock if wide else taehv.MemBlock
     conv, layers = taehv.conv, [taehv.Clamp(), taehv.conv(LATENT_CHANNELS, widths[0]), nn.ReLU()]
-    for width, following in zip(widths[:-1], widths[1:], strict=True):
+    for width, following in pairwise(widths):
         layers += [kind(width, width) for _ in range(blocks)]
         layers += [nn.Upsample(scale_factor=2), taehv.TGrow(width, 2), conv(width, following, bias=False)]
     model = taehv.TAEHV(None, patch_size=4, latent_channels=LATENT_CHANNELS, decoder_time_upscale=(True,) * 3)

@@ -150,7 +150,8 @@ def test_of_several_files_one_must_be_named(remote, tmp_path):
     write_checkpoint(remote.folder / "a.safetensors", first, "ltx-2")
     write_checkpoint(remote.folder / "b.safetensors", second)
     with pytest.raises(
-        ValueError, match=r"owner/name has several .*, choose one of them: a.*, b.safetensors \(convolutional, 0.231 M"
+        ValueError,
+        match=r"owner/name has several .*, choose one of them: a.*, b.safetensors \(convolutional, 0.231 M",
     ):
         fetch_vae("owner/name", cache_dir=tmp_path)
     path = fetch_vae("owner/name", filename="b.safetensors", cache_dir=tmp_path)

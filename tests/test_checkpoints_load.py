@@ -266,7 +266,9 @@ def test_of_several_files_the_one_with_a_decoder_is_chosen(tmp_path):
     path = in_split_file(tmp_path, "0.9.0")
     assert describe_checkpoint(tmp_path).path == path
     in_file_without_config(tmp_path, "0.9.0")
-    with pytest.raises(ValueError, match=r"several files .*vae\.safetensors \(convol.*, video_vae\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"several files .*vae\.safetensors \(convol.*, video_vae\.safetensors"
+    ):
         load_decoder(tmp_path)
 
 

@@ -12,11 +12,9 @@ from mlx_vae_tiling.vae.attention import (
     block_for,
     blocks_of,
     neighbourhood_attention,
-    rotary_factors,
-    rotary_split,
-    rotated,
 )
 from mlx_vae_tiling.vae.regions import Attention, Region, Span
+from mlx_vae_tiling.vae.rotary import rotary_factors, rotary_split, rotated
 
 HEADS, WIDTH = 2, 8
 

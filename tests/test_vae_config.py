@@ -242,7 +242,10 @@ ERRORS = [
     (*original_with(spatial_padding_mode="replicate"), "must be 'zeros' or 'reflect', got 'replicate'"),
     (*original_with(norm_layer="group_norm"), "norm_layer must be 'pixel_norm', got 'group_norm'"),
     (DecoderConfig.from_original, {"a": 1}, r"needs 'decoder_blocks' or 'blocks', got the keys \['a'\]"),
-    (*diffusers_with(_class_name="LTX2VideoDiffusionDecoderModel"), "got LTX2VideoDiffusionDecoderModel: not"),
+    (
+        *diffusers_with(_class_name="LTX2VideoDiffusionDecoderModel"),
+        "got LTX2VideoDiffusionDecoderModel: not",
+    ),
     (*diffusers_with(_class_name="AutoencoderKLWan"), "got AutoencoderKLWan: not an LTX video VAE"),
     (*diffusers_with(upsample_factor=[2]), "upsample_factor must have 4 entries beside 4 .*, got 1"),
     (*diffusers_with(decoder_inject_noise=[False]), "decoder_inject_noise must have 5 entries"),

@@ -1,4 +1,4 @@
-"""The diffusion decoder equals the reference implementation's frozen outputs, and itself however it is cut."""
+"""The diffusion decoder equals the reference's frozen outputs, and itself however it is cut."""
 
 import json
 

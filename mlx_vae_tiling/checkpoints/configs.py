@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_vae_tiling.vae.blocks import STRIDES, Upsample
 from mlx_vae_tiling.checkpoints.files import Kind
+from mlx_vae_tiling.vae.blocks import STRIDES, Upsample
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.diffusion_config import DIFFUSERS_CLASS, ORIGINAL_CLASS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.published import NAMES, AnyConfig, published_version

@@ -41,7 +41,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--timestep", type=float, help="of versions with timestep conditioning; default 0.05")
     add("--noise-scale", type=float, help="noise in the latents of those versions, 0 to 1; default 0.025")
     add("--seed", type=int, default=0, help="of that noise, and of a diffusion decoder's; default 0")
-    add("--steps", type=int, metavar="N", help="denoising steps of a diffusion decoder; default: its config's")
+    add(
+        "--steps", type=int, metavar="N", help="denoising steps of a diffusion decoder; default: its config's"
+    )
     add(
         "--preview",
         metavar="SOURCE",
@@ -97,7 +99,9 @@ def _decoder(args: argparse.Namespace) -> StreamingDecoder:
         return load_decoder(args.vae, dtype=args.dtype, config=parse_config(args.config))
     decoder = load_decoder(args.preview, dtype=args.dtype)
     if not isinstance(decoder, TinyDecoder):
-        raise ValueError(f"--preview takes a tiny decoder (TAEHV), and {args.preview} is none; pass it as --vae")
+        raise ValueError(
+            f"--preview takes a tiny decoder (TAEHV), and {args.preview} is none; pass it as --vae"
+        )
     return decoder
 
 

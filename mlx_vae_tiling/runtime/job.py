@@ -205,9 +205,7 @@ class Job:
         """Pieces of one part from output frame `start` on."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
-            pieces = decoder.run_tiled(
-                self.latents, options, plan.tiling, plan.backend, noise=self.noise
-            )
+            pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
             return _skip(pieces, start)
         _, rows, columns = part.latents
         latents = self.latents[..., rows.slice, columns.slice]

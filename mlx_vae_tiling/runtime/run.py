@@ -205,7 +205,9 @@ def _job(
         options["causal"] = plan.causal
     if plan is not None and options["num_inference_steps"] is None:
         options["num_inference_steps"] = plan.inference_steps
-    job = Job.prepare(decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning)
+    job = Job.prepare(
+        decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning
+    )
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"

@@ -1,4 +1,4 @@
-"""Neighbourhood attention over a region of a grid, in blocks of queries, and rotary positions.
+"""Neighbourhood attention over a region of a grid, in blocks of queries.
 
 The window of a position is centred on it and keeps its size: at a border of the grid it is shifted inward.
 Neighbouring queries share most of their keys, so that a block of queries attends to all the keys that any of
@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae.regions import Region, Span, Stride
-
-ROTARY_BASE = 10000.0
 
 BLOCK_QUERIES = 512
 """Most queries of a block."""
@@ -70,7 +68,7 @@ def blocks_of(span: Span, kernel: int, block: int, aligned: bool) -> tuple[Block
     first_cut = span.start - span.start % block + block if aligned else span.start + block
     cuts = [span.start, *range(first_cut, span.stop, block), span.stop]
     found = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         begins = [window_start(position, kernel, span.size) for position in range(start, stop)]
         starts = tuple(begin - begins[0] for begin in begins)
         found.append(Blocks(start, begins[0], 1, stop - start, starts[-1] + kernel, starts))
@@ -122,7 +120,7 @@ def _axes(kernel: Stride, queries: Region, block: Stride) -> list[tuple[Blocks, 
 def attention_calls(
     kernel: Stride, queries: Region, block: Stride, repeated: int, pairs: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Of the largest calls of `neighbourhood_attention`, products, keys and queries, summed over their blocks.
+    """Of each kind of call of `neighbourhood_attention`, products, keys and queries of all its blocks.
 
     Args:
         kernel, queries, block, pairs: As there.
@@ -275,34 +273,3 @@ def _mask_values(axes: tuple[tuple[tuple[int, ...], int], ...]) -> np.ndarray:
     t, h, w = seen
     mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
     return mask.reshape(math.prod(mask.shape[:3]), -1)
-
-
-def rotary_split(head_dim: int) -> Stride:
-    """Channels of a head that are rotated by the position in time, height and width."""
-    time = head_dim // 4 // 2 * 2
-    if (head_dim - time) // 2 % 2:
-        time -= 2
-    return time, (head_dim - time) // 2, (head_dim - time) // 2
-
-
-def rotary_factors(region: Region, head_dim: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines (T, H, W, 1, D/2) of the angles of absolute positions, in float32."""
-    t, h, w = (span.length for span in region)
-    angles = []
-    for axis, (span, width) in enumerate(zip(region, rotary_split(head_dim), strict=True)):
-        frequencies = (1 / ROTARY_BASE ** (np.arange(0, width, 2) / width)).astype(np.float32)
-        values = np.arange(span.start, span.stop, dtype=np.float32)[:, None] * frequencies
-        shape = [1, 1, 1, 1, width // 2]
-        shape[axis] = span.length
-        angles.append(mx.broadcast_to(mx.array(values).reshape(shape), (t, h, w, 1, width // 2)))
-    joined = mx.concatenate(angles, axis=-1)
-    return mx.cos(joined), mx.sin(joined)
-
-
-def rotated(x: mx.array, factors: tuple[mx.array, mx.array]) -> mx.array:
-    """Rotates neighbouring channels of x (B, T, H, W, heads, D) in pairs, in float32."""
-    cosines, sines = factors
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cosines - odd * sines, even * sines + odd * cosines], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)

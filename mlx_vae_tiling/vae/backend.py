@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.backend_layers import CPULayerBackend, LayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
 from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
-from mlx_vae_tiling.vae.convolution_frames import convolve_frames
 from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
@@ -29,10 +29,6 @@ BackendName = Literal["cpu", "metal", "cuda"]
 
 BLOCK_ELEMENTS = 2**17
 """How much the CPU activates at a time: a few copies of it fit into a core's cache."""
-
-
-KEY_COPY_QUERIES = 96
-"""Queries whose products with a key take as long as copying it, at 13 TFLOP/s and 400 GB/s."""
 
 
 class Taken(NamedTuple):
@@ -83,16 +79,8 @@ class ConvolutionSize(NamedTuple):
     operands: Operands
 
 
-class AttentionSize(NamedTuple):
-    """Numbers of elements of a call of attention: scores, keys with values, and queries."""
-
-    pairs: int
-    gathered: int
-    queries: int
-
-
 @dataclass(frozen=True)
-class Backend:
+class Backend(LayerBackend):
     """Computes lazily and starts the computation of each step without waiting for it, as suits a GPU.
 
     Args:
@@ -226,49 +214,9 @@ class Backend:
         """
         return itemsize * (made * (3 if repeats else 1) + kept)
 
-    def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
-        """Valid convolution of single frames (B, T, H+2, W+2, C) to (B, T, H, W, O)."""
-        b, t, *size = x.shape
-        y = mx.conv2d(x.reshape(b * t, *size), weight, groups=groups)
-        return y.reshape(b, t, *y.shape[1:])
-
-    def frame_convolution_bytes(self, padded: int, made: int, weights: int, itemsize: int) -> int:
-        """What `convolve_frames` takes for its padded input, its output and both at once."""
-        return itemsize * (padded + 2 * made)
-
-    @property
-    def tile_elements(self) -> int:
-        """Elements of the widest array that layers of transformers compute at once, where they work by tiles."""
-        return 2**26
-
-    @property
-    def queries_per_key_copy(self) -> int:
-        """Queries whose products with a key take as long as copying it for them."""
-        return KEY_COPY_QUERIES
-
-    def rms_norm_bytes(self, given: int, itemsize: int) -> int:
-        """What normalising takes, its result included."""
-        return itemsize * given
-
-    def keys_bytes(self, given: int, itemsize: int) -> int:
-        """What making keys and values of so many elements takes, both included."""
-        return (38 if itemsize == 4 else 32) * given
-
-    def queries_bytes(self, given: int, itemsize: int) -> int:
-        """What making queries of so many elements takes, these included."""
-        return (22 if itemsize == 4 else 24) * given
-
-    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
-        """What an MLP with so many hidden elements takes, its result included."""
-        return 5 * itemsize * hidden // 2
-
-    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
-        """What a call of attention takes, its result included: copies of keys, but no matrix of scores."""
-        return itemsize * (size.gathered + 3 * size.queries)
-
 
 @dataclass(frozen=True)
-class CPUBackend(Backend):
+class CPUBackend(CPULayerBackend, Backend):
     """Computes at once, step by step and frame by frame, so that the peak is small and always the same.
 
     Args:
@@ -379,39 +327,6 @@ class CPUBackend(Backend):
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         tiled = made + made // repeats if repeats else 0
         return itemsize * (made + max(tiled, kept * (kept < made)))
-
-    def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
-        return convolve_frames(x, weight, groups)
-
-    def frame_convolution_bytes(self, padded: int, made: int, weights: int, itemsize: int) -> int:
-        """Both in float32; in half precision the input twice, and the output when it is rounded."""
-        if itemsize == 4:
-            return 4 * (padded + made)
-        return max(6 * padded + 4 * (weights + made), 2 * padded + 6 * made)
-
-    @property
-    def tile_elements(self) -> int:
-        return 2**20
-
-    @property
-    def queries_per_key_copy(self) -> int:
-        return 8
-
-    def rms_norm_bytes(self, given: int, itemsize: int) -> int:
-        return given * (8 if itemsize == 4 else 14)
-
-    def keys_bytes(self, given: int, itemsize: int) -> int:
-        return given * (47 if itemsize == 4 else 57)
-
-    def queries_bytes(self, given: int, itemsize: int) -> int:
-        return given * (34 if itemsize == 4 else 50)
-
-    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
-        return hidden * (11 if itemsize == 4 else 8)
-
-    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
-        """The CPU has no fused attention: the scores lie in memory."""
-        return itemsize * (size.pairs + 2 * size.gathered + 5 * size.queries)
 
 
 def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:

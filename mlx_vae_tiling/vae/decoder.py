@@ -98,7 +98,7 @@ class VideoDecoder(StreamingDecoder):
         """What `stream` was told, with this decoder's defaults for what it was not."""
         if num_inference_steps not in (None, 1):
             raise ValueError(
-                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for a convolutional one"
+                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
             )
         conditioned = self.config.timestep_conditioning
         given: Any = self.decode_timestep if timestep is None else timestep

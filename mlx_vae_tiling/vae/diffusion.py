@@ -15,21 +15,19 @@ from mlx_vae_tiling.vae.backend import Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
-from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
-from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise
-from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
-from mlx_vae_tiling.vae.schedule import Read, Step
-from mlx_vae_tiling.vae.transformer import (
-    EPS,
-    DiffusionNABlock,
+from mlx_vae_tiling.vae.diffusion_layers import (
     LinearStep,
-    NABlock,
     PixelShuffle,
     SharedModulation,
     TimestepEmbedder,
     upsampled_part,
 )
+from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
+from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
+from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
 
 Inputs = Sequence[mx.array]
 
@@ -158,7 +156,7 @@ class DiffusionDecoder(StreamingDecoder):
     def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
         config = self.config
-        widths, patch = config.stage_channels, config.out_channels * config.patch_size**2
+        widths = config.stage_channels
         prepared = partial(self._prepared, normalized=options.normalized)
         steps = [Step(prepared, self._prepared_taken, (), config.latent_channels)]
         steps.append(LinearStep(self.conv_in, config.latent_channels, widths[0]).step(0, Same()))

@@ -101,7 +101,9 @@ class DiffusionDecoderConfig:
         decoder = vae.get("decoder", vae)
         missing = [name for name in _ORIGINAL_KEYS if name not in decoder]
         if missing:
-            raise ValueError(f"the config of a diffusion decoder needs {', '.join(missing)}, got {sorted(decoder)}")
+            raise ValueError(
+                f"the config of a diffusion decoder needs {', '.join(missing)}, got {sorted(decoder)}"
+            )
         channels, kernels = decoder["stage_channels"], [tuple(k) for k in decoder["stage_kernels"]]
         if decoder.get("stage5_channels", channels[-1]) != channels[-1]:
             raise ValueError(
@@ -159,7 +161,7 @@ class DiffusionDecoderConfig:
 
     @classmethod
     def from_shapes(cls, name_to_shape: Mapping[str, Sequence[int]]) -> DiffusionDecoderConfig:
-        """Widths and depths from the shapes of the tensors, under our names; kernels and strides are LTX-2.5's.
+        """Widths and depths from tensors' shapes, under our names; kernels and strides are LTX-2.5's.
 
         Raises:
             ValueError: If they are not those of a diffusion decoder with its strides.

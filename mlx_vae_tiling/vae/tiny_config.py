@@ -16,7 +16,7 @@ GROUP_CHANNELS = 64
 
 @dataclass(frozen=True)
 class TinyDecoderConfig:
-    """The architecture of a tiny decoder of LTX latents; the defaults are those of `taeltx_2` and `taeltx2_3`.
+    """The architecture of a tiny decoder of LTX latents; the defaults are `taeltx_2`'s and `taeltx2_3`'s.
 
     Two-dimensional convolutions, each block of which also sees the frame before.
 
@@ -92,7 +92,7 @@ class TinyDecoderConfig:
 
     @property
     def receptive_field(self) -> tuple[float, float, float]:
-        """How far one output depends on latents in the past, and to either side in height and width, in latents."""
+        """How far one output depends on latents: in the past, and to either side in height and width."""
         convolutions = self.blocks * (2 if self.wide else 3)
         scales = [2**level for level in range(LEVELS)]
         time = sum(self.blocks / scale for scale in scales)
