@@ -1,6 +1,7 @@
 """Decode LTX video latents with MLX: exact, streamed, within a memory budget."""
 
-from mlx_vae_tiling.checkpoints.hub import fetch_vae
+from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
+from mlx_vae_tiling.checkpoints.fetch import fetch_vae
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.media.latents import load_latents
 from mlx_vae_tiling.runtime.memory import memory_limits
@@ -34,6 +35,7 @@ from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointWarning",
     "DecodeBatch",
     "DecodePlan",
     "DecodeReport",

@@ -4,6 +4,15 @@ import mlx.core as mx
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "gpu"], help="on which to test; default: MLX's own choice")
+
+
+def pytest_configure(config):
+    if device := config.getoption("--device"):
+        mx.set_default_device(getattr(mx, device))
+
+
 @pytest.fixture(autouse=True)
 def fresh_mlx():
     mx.random.seed(0)

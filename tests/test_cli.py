@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from mlx_vae_tiling import cli, decode_frames, load_decoder, load_latents
-from mlx_vae_tiling.checkpoints.describe import DEMO
+from mlx_vae_tiling.checkpoints.locate import DEMO
 from mlx_vae_tiling.media import video
 from mlx_vae_tiling.vae.published import PUBLISHED
 

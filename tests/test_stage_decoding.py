@@ -11,8 +11,8 @@ from common import measure
 from mlx.utils import tree_flatten
 from vae_cases import random_latents, small_decoder
 
-from mlx_vae_tiling.checkpoints.describe import DEMO
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.checkpoints.locate import DEMO
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.stage import decoding as stage_module
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs, PipelineConfig

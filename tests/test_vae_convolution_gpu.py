@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_vae_tiling.vae import convolution_gpu as gpu
-from mlx_vae_tiling.vae import convolution_winograd as winograd
+from mlx_vae_tiling.vae import winograd_gpu as winograd
 from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, operands_of
 from mlx_vae_tiling.vae.operations import mirrored
 

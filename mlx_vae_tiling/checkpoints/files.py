@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
+from mlx_vae_tiling.checkpoints.parameters import listing
 from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry
 
 PREFIXES = ("vae.decoder.", "vae_decoder.", "decoder.", "")
@@ -93,7 +94,7 @@ def choose_decoder_files(place: str, names: Iterable[str], read: Callable[[str],
     if not found:
         raise no_decoder(place, headers.values())
     if len(found) > 1:
-        listed = ", ".join(f"{file} ({words})" for file, words in found.items())
+        listed = listing((f"{file} ({words})" for file, words in found.items()), ", ", longest=20)
         raise ValueError(f"{place} has several files with a video decoder, choose one of them: {listed}")
     return with_shards(next(iter(found)), files)
 
@@ -128,8 +129,7 @@ def no_decoder(place: str, headers: Iterable[Header]) -> ValueError:
         return ValueError(
             f"{place} holds the encoder of a VAE but not its decoder; load the file of the decoder"
         )
-    beginnings = sorted({name.split(".")[0] for name in names})
-    shown = ", ".join(beginnings[:8]) + (f" and {len(beginnings) - 8} more" if len(beginnings) > 8 else "")
+    shown = listing(sorted({name.split(".")[0] for name in names}), ", ", longest=8)
     expected = ", ".join(f"{prefix}conv_in" for prefix in PREFIXES)
     return ValueError(
         f"{place} holds no LTX video decoder: a kernel of rank 5 must begin with one of {expected}; "

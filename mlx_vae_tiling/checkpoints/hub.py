@@ -1,204 +1,227 @@
-"""`fetch_vae`: only the video decoder of a repository of the Hugging Face Hub.
+"""The Hugging Face Hub through huggingface_hub: what a repository has, ranges of its files, and its cache.
 
-No test reaches the Hub: they run against stand-ins for huggingface_hub's file system and downloads.
+huggingface_hub is imported late, since it is slow to import. Its sessions are those of requests before its
+version 1 and of httpx since.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from mlx_vae_tiling.checkpoints.configs import config_files
-from mlx_vae_tiling.checkpoints.files import (
-    choose_decoder_files,
-    decoder_in,
-    decoder_tensors,
-    no_decoder,
-    with_shards,
-)
-from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry, read_header
+from mlx_vae_tiling.checkpoints.hub_errors import HubError, InterruptedTransfer, explained, is_passing
+from mlx_vae_tiling.media.safetensors_header import Header, read_header
 
-PIECE_BYTES = 32 * 2**20
-WORTH_EXTRACTING = 1 / 3
-"""A file is downloaded whole where the decoder is more of it than this."""
+OWN_NAME = "mlx_vae_tiling"
+WAITS_IN_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Between requests, as long as none brings anything."""
+
+PIECE_BYTES = 2**16
+"""What is lost of a connection that is cut; httpx and requests drop a piece that is not whole."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def fetch_vae(
-    repo_id: str,
-    *,
-    filename: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Downloads only the video decoder of a repository of the Hugging Face Hub.
-
-    A file of the VAE goes into huggingface_hub's own cache. Of a checkpoint of a whole model, only the
-    header and the decoder's bytes are transferred, and kept as a file of their own beside that cache.
-    What is there already is not fetched again.
-
-    Args:
-        repo_id: "owner/name".
-        filename: The file in the repository; None for the one with a video decoder in `vae/decoder`,
-            `decoder`, `vae` or at the top.
-        revision: Branch, tag or commit; None for the main branch.
-        token: As in huggingface_hub; None for the one that is logged in.
-        cache_dir: Replaces huggingface_hub's cache.
-
-    Returns:
-        The local file, or the first of its shards, to be given to `load_decoder`.
-
-    Raises:
-        OSError: If the repository or file cannot be reached, or the file not be written.
-        ValueError: If no file has a video decoder, or several have one and `filename` must choose.
-    """
-    # The bases are those of the HTTP library's errors, which differ between versions of huggingface_hub.
-    try:
-        repository = _open_repository(repo_id, revision, token, Path(cache_dir) if cache_dir else None)
-        return _fetch(repository, filename)
-    except (OSError, *_library().utils.HfHubHTTPError.__bases__) as error:
-        raise OSError(f"cannot fetch a VAE from {repo_id} on the Hub: {error}") from error
-
-
-def _library() -> Any:
-    """huggingface_hub, which is slow to import."""
-    import_module("huggingface_hub.utils")
+def library() -> Any:
+    """huggingface_hub, with its utilities and constants."""
+    for part in ("utils", "constants"):
+        import_module(f"huggingface_hub.{part}")
     return import_module("huggingface_hub")
 
 
-def _fetch(repository: _Repository, filename: str | None) -> Path:
-    names = list(repository.file_bytes)
-    if filename is None:
-        files = choose_decoder_files(repository.id, names, repository.header)
-    elif filename in names:
-        files = with_shards(filename, names)
-    else:
-        listing = ", ".join(name for name in names if name.endswith(".safetensors"))
-        raise ValueError(f"filename must be a file of {repository.id}, got {filename!r}; it has {listing}")
-    if len(files) == 1:
-        header = repository.header(files[0])
-        decoder = decoder_in(header.tensors)
-        if decoder is None:
-            raise no_decoder(f"{repository.id}/{files[0]}", [header])
-        wanted = decoder_tensors(header.tensors, decoder)
-        wanted_bytes = sum(tensor.size_in_bytes for tensor in wanted.values())
-        if wanted_bytes < WORTH_EXTRACTING * repository.file_bytes[files[0]]:
-            return _extract(repository, files[0], Header(wanted, header.metadata))
-    for side_file in _side_files(files[0], names):
-        repository.download(side_file)
-    first, *_ = [repository.download(file) for file in files]
-    return first
-
-
-def _extract(repository: _Repository, file: str, wanted: Header) -> Path:
-    """Writes the wanted tensors and metadata to a file of their own, which appears when it is complete."""
-    folder = repository.own_folder
-    target = (folder / file).with_name(f"{Path(file).stem}-video-decoder.safetensors")
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for side_file in _side_files(file, list(repository.file_bytes)):
-        shutil.copyfile(repository.download(side_file), folder / side_file)
-    ordered = dict(sorted(wanted.tensors.items(), key=lambda item: item[1].start))
-    part = target.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("wb") as output:
-            output.write(_header_bytes(ordered, wanted.metadata))
-            for piece in repository.pieces(file, _spans(ordered)):
-                output.write(piece)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
-
-
-def _side_files(file: str, names: list[str]) -> list[str]:
-    folder = file.rpartition("/")[0]
-    sides = [f"{folder}/{name}".lstrip("/") for name in config_files(Path(file).stem)]
-    return [side for side in sides if side in names]
-
-
-def _spans(ordered: Mapping[str, TensorEntry]) -> list[tuple[int, int]]:
-    """The bytes of the tensors, adjacent ones together."""
-    spans: list[tuple[int, int]] = []
-    for tensor in ordered.values():
-        start = spans.pop()[0] if spans and spans[-1][1] == tensor.start else tensor.start
-        spans.append((start, tensor.stop))
-    return spans
-
-
-def _header_bytes(ordered: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, tensor in ordered.items():
-        offsets = [position, position := position + tensor.size_in_bytes]
-        fields[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _open_repository(
-    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Path | None
-) -> _Repository:
-    info = _library().HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
-    file_bytes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    return _Repository(repo_id, str(info.sha), file_bytes, token, cache_dir)
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    return bool(library().constants.HF_HUB_OFFLINE)
 
 
 @dataclass(frozen=True)
-class _Repository:
-    """One commit of a repository."""
+class Repository:
+    """One commit of a repository.
+
+    Args:
+        id: "owner/name", as it is called now.
+        commit: Its hash.
+        file_bytes: Sizes of its files by their names.
+        token: As in huggingface_hub.
+        cache_dir: Replaces huggingface_hub's cache.
+    """
 
     id: str
     commit: str
     file_bytes: Mapping[str, int]
     token: str | bool | None
     cache_dir: Path | None
-
-    @property
-    def own_folder(self) -> Path:
-        """Where files that are not the repository's own are kept."""
-        folder: Path = _library().cached_assets_path(
-            "mlx_vae_tiling", self.id, self.commit, assets_dir=self.cache_dir
-        )
-        return folder
-
-    def download(self, file: str) -> Path:
-        options = {"revision": self.commit, "token": self.token, "cache_dir": self.cache_dir}
-        return Path(_library().hf_hub_download(self.id, file, **options))
+    _headers: dict[str, Header] = field(default_factory=dict, repr=False, compare=False)
 
     def header(self, file: str) -> Header:
-        with self._open(file) as remote:
-            return read_header(file, self.file_bytes[file], lambda offset, size: _read(remote, offset, size))
+        """The header of a safetensors file, transferred once.
 
-    def pieces(self, file: str, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of the spans, in order."""
-        total = sum(stop - start for start, stop in spans)
-        tqdm = _library().utils.tqdm
-        with self._open(file) as remote, tqdm(total=total, unit="B", unit_scale=True, desc=file) as progress:
-            for start, stop in spans:
-                for offset in range(start, stop, PIECE_BYTES):
-                    piece = _read(remote, offset, min(PIECE_BYTES, stop - offset))
-                    progress.update(len(piece))
+        Raises:
+            HubError: If it cannot be transferred.
+            ValueError: If it is not a safetensors file.
+        """
+
+        def read(offset: int, size: int) -> bytes:
+            return b"".join(self.pieces(file, offset, offset + size))
+
+        if file not in self._headers:
+            self._headers[file] = read_header(f"{self.id}/{file}", self.file_bytes[file], read)
+        return self._headers[file]
+
+    def pieces(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` - 1 of a file, in order; a cut connection is continued where it was cut.
+
+        Raises:
+            HubError: If the server refuses, or ignores that only a range was asked for.
+            InterruptedTransfer: If the connection is cut again and again.
+        """
+        waits = iter(WAITS_IN_SECONDS)
+        while start < stop:
+            cut: Exception | None = None
+            try:
+                for piece in self._requested(file, start, stop):
+                    start += len(piece)
+                    waits = iter(WAITS_IN_SECONDS)
                     yield piece
+            except _transport_errors() as error:
+                if not is_passing(error):
+                    raise explained(error, self.id, file, self.token) from None
+                cut = error
+            if start < stop:
+                wait = next(waits, None)
+                if wait is None:
+                    reason = explained(cut, self.id, file, self.token) if cut else "nothing more comes"
+                    raise InterruptedTransfer(f"the transfer of {self.id}/{file} stopped: {reason}")
+                time.sleep(wait)
 
-    def _open(self, file: str) -> BinaryIO:
-        """The remote file; without a cache of its own, each read is one request for a range of bytes."""
-        path = f"{self.id}@{self.commit}/{file}"
-        opened: BinaryIO = _library().HfFileSystem(token=self.token).open(path, "rb", cache_type="none")
-        return opened
+    def _requested(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        hub = library()
+        url = hub.hf_hub_url(self.id, file, revision=self.commit, endpoint=hub.constants.ENDPOINT)
+        headers = hub.utils.build_hf_headers(token=self.token, library_name=OWN_NAME)
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with _response(url, headers, hub.constants.HF_HUB_DOWNLOAD_TIMEOUT) as (response, pieces):
+            hub.utils.hf_raise_for_status(response)
+            answered = response.headers.get("Content-Range", "")
+            if response.status_code != 206 or not answered.startswith(f"bytes {start}-"):
+                # Nothing of the answer has been read: it may be the whole file.
+                raise HubError(
+                    f"the server of {self.id} ignores that only a range of {file} is asked for; transfer it "
+                    f"whole with `hf download {self.id} {file}` and use the path that this prints"
+                )
+            for piece in pieces:
+                yield piece[: stop - start]
+                start += len(piece)
+                if start >= stop:
+                    return
+
+    def download(self, file: str) -> Path:
+        """A whole file, in huggingface_hub's cache.
+
+        Raises:
+            HubError: If it cannot be transferred.
+        """
+        hub = library()
+        options = {"revision": self.commit, "token": self.token, "endpoint": hub.constants.ENDPOINT}
+        folder = self.cache_dir or hub.constants.HF_HUB_CACHE
+        try:
+            return Path(hub.hf_hub_download(self.id, file, cache_dir=folder, **options))
+        except _transport_errors() as error:
+            raise explained(error, self.id, file, self.token) from None
+
+    def cached(self, file: str) -> Path | None:
+        """The file in huggingface_hub's cache, if it is there whole."""
+        path = snapshot_folder(self.id, self.commit, self.cache_dir) / file
+        return path if path.is_file() else None
 
 
-def _read(remote: BinaryIO, offset: int, size: int) -> bytes:
-    remote.seek(offset)
-    piece = remote.read(size)
-    if len(piece) != size:
-        raise OSError(f"{size} bytes were asked for at {offset}, {len(piece)} came")
-    return piece
+def open_repository(
+    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Path | None
+) -> Repository:
+    """What a repository has, under its present name, at a branch, tag or commit.
+
+    Raises:
+        HubError: If there is none, or it cannot be asked.
+    """
+    hub = library()
+    failures: tuple[type[Exception], ...] = (ValueError, *_transport_errors())
+    try:
+        api = hub.HfApi(endpoint=hub.constants.ENDPOINT, token=token)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    except failures as error:
+        raise explained(error, repo_id, f"revision {revision}", token) from None
+    file_bytes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return Repository(str(info.id or repo_id), str(info.sha), file_bytes, token, cache_dir)
+
+
+def own_folder(repo_id: str, name: str, cache_dir: Path | None) -> Path:
+    """Where this package keeps what is not a repository's own file, beside huggingface_hub's cache."""
+    hub = library()
+    root = cache_dir or hub.constants.HF_ASSETS_CACHE
+    folder: Path = hub.cached_assets_path(OWN_NAME, repo_id, name, assets_dir=root)
+    return folder
+
+
+def remember_commit(
+    asked: str, revision: str | None, repo_id: str, commit: str, cache_dir: Path | None
+) -> None:
+    """Notes which commit of which repository a name and revision were, for when the Hub cannot be asked."""
+    note = _note(asked, revision, cache_dir)
+    if not note.is_file() or note.read_text() != f"{repo_id} {commit}":
+        note.write_text(f"{repo_id} {commit}")
+
+
+def remembered_commit(asked: str, revision: str | None, cache_dir: Path | None) -> tuple[str, str] | None:
+    """The repository and commit that were meant when last fetched, by this package or another one."""
+    if revision and _COMMIT.fullmatch(revision):
+        return asked, revision
+    note = _note(asked, revision, cache_dir)
+    if note.is_file() and len(noted := note.read_text().split()) == 2:
+        return noted[0], noted[1]
+    theirs = _cache(asked, cache_dir) / "refs" / (revision or "main")
+    return (asked, theirs.read_text().strip()) if theirs.is_file() else None
+
+
+def snapshot_folder(repo_id: str, commit: str, cache_dir: Path | None) -> Path:
+    """Where huggingface_hub's cache has the files of a commit."""
+    return _cache(repo_id, cache_dir) / "snapshots" / commit
+
+
+def progress_bar(total: int, done: int, title: str, shown: bool) -> Any:
+    """A bar on stderr, on a terminal, unless huggingface_hub's are switched off."""
+    from tqdm import tqdm
+
+    # None asks whether stderr is a terminal.
+    hidden = True if not shown or library().utils.are_progress_bars_disabled() else None
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=title, disable=hidden)
+
+
+def _note(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
+    return own_folder(repo_id, "refs", cache_dir) / (revision or "main").replace("/", "--")
+
+
+def _cache(repo_id: str, cache_dir: Path | None) -> Path:
+    root = cache_dir or Path(library().constants.HF_HUB_CACHE)
+    return root / f"models--{repo_id.replace('/', '--')}"
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library of the installed huggingface_hub raises."""
+    return (OSError, *library().utils.HfHubHTTPError.__bases__)
+
+
+@contextmanager
+def _response(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """An answer whose body has not been read, and the pieces of that body."""
+    session = library().utils.get_session()
+    if callable(getattr(session, "stream", None)):
+        with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            yield response, response.iter_bytes(PIECE_BYTES)
+    else:
+        with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
+            yield response, response.iter_content(PIECE_BYTES)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import parse_config
 from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
 from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
@@ -96,8 +97,9 @@ def _decoder(args: argparse.Namespace) -> StreamingDecoder:
     if args.preview is None:
         if args.vae is None:
             raise ValueError("a decode needs --vae SOURCE, or --preview SOURCE for a tiny decoder")
-        return load_decoder(args.vae, dtype=args.dtype, config=parse_config(args.config))
-    decoder = load_decoder(args.preview, dtype=args.dtype)
+        source = locate_aloud(args.vae, args.quiet)
+        return load_decoder(source, dtype=args.dtype, config=parse_config(args.config))
+    decoder = load_decoder(locate_aloud(args.preview, args.quiet), dtype=args.dtype)
     if not isinstance(decoder, TinyDecoder):
         raise ValueError(
             f"--preview takes a tiny decoder (TAEHV), and {args.preview} is none; pass it as --vae"

@@ -7,11 +7,15 @@ after one line that says what is wrong; 130 after Ctrl-C.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli.decode import resumable
 from mlx_vae_tiling.cli.parser import new_parser
-from mlx_vae_tiling.cli.printing import NAME, print_error
+from mlx_vae_tiling.cli.printing import NAME, print_error, print_warning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = new_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        with _warnings_in_one_line():
+            return int(args.run(args))
     except KeyboardInterrupt:
         print(f"{NAME}: interrupted{resumable(args) or ', nothing was kept'}", file=sys.stderr)
         return 130
@@ -35,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = "" if isinstance(error, (ValueError, FileExistsError)) else resumable(args)
         print_error(f"{_one_line(error)}{kept}")
         return 2
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Prints our own warnings like every other message; those of libraries are left as they are."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                print_warning(" ".join(str(message).split()))
+            else:
+                others(message, category, *where, **more)
+
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.published import NAMES
 from mlx_vae_tiling.vae.regions import Window
 
-SOURCE = 'VAE: a file, a directory, owner/name on the Hugging Face Hub, or "demo"'
+SOURCE = 'VAE: a file, a directory, a published version, owner/name on the Hugging Face Hub, or "demo"'
 """What `load_decoder` takes, for help."""
 
 PRESETS = ("default", "aggressive", "conservative", "auto")

@@ -6,11 +6,11 @@ import argparse
 from typing import NoReturn
 
 from mlx_vae_tiling import __version__
-from mlx_vae_tiling.cli import decode, info, plan
+from mlx_vae_tiling.cli import bench, decode, fetch, info, plan
 from mlx_vae_tiling.cli.printing import NAME
 from mlx_vae_tiling.vae.published import NAMES
 
-COMMANDS = {"decode": decode, "plan": plan, "info": info}
+COMMANDS = {"decode": decode, "plan": plan, "info": info, "fetch": fetch, "bench": bench}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,10 +35,11 @@ def new_parser() -> Parser:
         )
         command.set_defaults(run=module.run)
         module.add_arguments(command)
-        command.add_argument(
-            "--config",
-            help=f"for a VAE that tells no version: {', '.join(NAMES)}, or its config in a .json file",
-        )
+        if module is not fetch:
+            command.add_argument(
+                "--config",
+                help=f"for a VAE that tells no version: {', '.join(NAMES)}, or a .json file",
+            )
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -12,9 +12,11 @@ from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_t
 from mlx_vae_tiling.cli.printing import plan_fields, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
+from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.published import NAMES, AnyConfig
 
@@ -31,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declares the arguments of this command alone."""
     command.add_argument("latents", nargs="?", metavar="LATENTS", help='saved latents, or "demo"')
     command.add_argument("--shape", metavar="FxHxW", help="size in latents, in their place")
-    add_planning(command, named=f", or one of {', '.join(NAMES)}")
+    add_planning(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a plan is for LATENTS or for --shape FxHxW, give one of them")
     shape = (1, config.latent_channels, *size) if size else read_given_latents(args, config).latents.shape
     plan = plan_for(args, config, shape, parse_dtype(args.dtype or stored))
-    print_result(args, plan, plan_fields(plan))
+    seconds, text = expected_seconds(build_decoder(config), plan), str(plan)
+    if seconds is not None:
+        text += f"\ntime     {seconds:.3g} s of convolutions, at the rates measured here"
+    print_result(args, text, {**plan_fields(plan), "seconds": seconds})
     try:
         plan.require_fit()
     except ValueError as error:
@@ -55,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_planning(command: argparse.ArgumentParser, named: str = "", required: bool = True) -> None:
+def add_planning(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Declares the arguments that a plan needs, for `plan` and for `decode`."""
     add = command.add_argument
-    add("--vae", required=required, metavar="SOURCE", help=SOURCE + named)
+    add("--vae", required=required, metavar="SOURCE", help=f"{SOURCE}; versions: {', '.join(NAMES)}")
     add("--memory", metavar="BYTES", help="budget, as 8GB or 6.5GiB; default: 70 %% of what is available")
     add(
         "--tiling",
@@ -67,6 +72,7 @@ def add_planning(command: argparse.ArgumentParser, named: str = "", required: bo
         help="none: exact, the default; default, aggressive, "
         "conservative, auto: blended tiles; a number: windows that see this many latents around them",
     )
+    add("--no-tune", action="store_true", help="ignore what bench --tune measured")
     add("--frames", metavar="A:B", help="only frames A to B-1; A or B may be left out")
     add("--crop", metavar="TOP:BOTTOM,LEFT:RIGHT", help="only these rows and columns of pixels")
     add("--dtype", choices=[kind.name for kind in FLOAT_TYPES], help="of the weights; default: as stored")
@@ -96,5 +102,6 @@ def plan_for(
         dtype=dtype,
         tiling=parse_tiling(args.tiling, config, shape),
         window=parse_window(args.frames, args.crop),
+        no_tune=args.no_tune,
         num_inference_steps=inference_steps,
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_vae_tiling.checkpoints.describe import CheckpointInfo
+from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.run import DecodeReport

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
+from mlx_vae_tiling.runtime.forms import tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.runtime.memory import memory_budget
 from mlx_vae_tiling.runtime.plan import DecodePlan
@@ -47,6 +48,8 @@ def plan_decode(
     causal: bool | None = None,
     num_inference_steps: int | None = None,
     parts: tuple[Part, ...] | None = None,
+    chunk: tuple[int, int | None] | None = None,
+    no_tune: bool = False,
 ) -> DecodePlan:
     """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
 
@@ -62,6 +65,9 @@ def plan_decode(
         causal: Overrides the config's.
         num_inference_steps: Of a diffusion decoder; None for its config's.
         parts: Those of an earlier plan for the same window, to be kept.
+        chunk: Latent frames per step and the bound on the frames of a layer, in place of the largest
+            useful ones that fit.
+        no_tune: Takes no form of convolution for having been measured on this machine.
 
     Returns:
         The plan. Where nothing fits, the smallest there is, with `fits` False.
@@ -91,8 +97,29 @@ def plan_decode(
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
-    parts = parts or _choose_parts(model, wanted, budget, tiling)
-    return _plan_chunks(model, wanted, budget, tiling, parts)
+    plan = _plan_exact(model, wanted, budget, tiling, parts, chunk)
+    if no_tune or isinstance(backend, Backend):
+        return plan
+    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
+    tuned = tuned_backend(model.backend, model.steps, everything, dtype)
+    if tuned == model.backend:
+        return plan
+    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, options)
+    better = _plan_exact(model, wanted, budget, tiling, parts, chunk)
+    # A faster form that takes so much memory that halos are repeated is none.
+    return better if better.fits and len(better.parts) <= len(plan.parts) else plan
+
+
+def _plan_exact(
+    model: CostModel,
+    wanted: Region,
+    budget: int,
+    halo: int | None,
+    parts: tuple[Part, ...] | None,
+    chunk: tuple[int, int | None] | None,
+) -> DecodePlan:
+    parts = parts or _choose_parts(model, wanted, budget, halo)
+    return _plan_chunks(model, wanted, budget, halo, parts, [chunk] if chunk else list(_steps(model)))
 
 
 def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
@@ -169,10 +196,14 @@ def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | Non
 
 
 def _plan_chunks(
-    model: CostModel, wanted: Region, budget: int, halo: int | None, parts: tuple[Part, ...]
+    model: CostModel,
+    wanted: Region,
+    budget: int,
+    halo: int | None,
+    parts: tuple[Part, ...],
+    steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
-    """The largest useful chunk with which these windows fit."""
-    steps = list(_steps(model))
+    """The largest of these chunks with which these windows fit."""
     limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]

@@ -102,13 +102,22 @@ class Backend(LayerBackend):
         return 1.0
 
     @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        """The forms of convolution that may compete."""
+        return ("stock", "folded")
+
+    @property
     def wires_memory(self) -> bool:
         """Whether MLX can keep memory from being paged out."""
         return self.name == "metal"
 
+    def device(self) -> dict[str, int | str]:
+        """What MLX says of the device."""
+        return mx.device_info()
+
     def device_memory(self) -> dict[str, int | str] | None:
         """What MLX says of the device's memory; None where it is the machine's."""
-        return mx.device_info()
+        return self.device()
 
     def opened(self) -> Backend:
         """The backend for one stream: with what only one may use at a time."""
@@ -237,6 +246,13 @@ class CPUBackend(CPULayerBackend, Backend):
     @property
     def longest_evaluation_seconds(self) -> float:
         return math.inf
+
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        return ("numpy", "blocked")
+
+    def device(self) -> dict[str, int | str]:
+        return mx.device_info(mx.cpu)
 
     def device_memory(self) -> None:
         return None

@@ -21,6 +21,11 @@ from mlx_vae_tiling.vae.config_forms import read_diffusers, read_original, read_
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal embedding of a timestep."""
 
+# Far beyond what is published: a config that says more is damaged, and building it would take minutes.
+MOST_BLOCKS = 64
+MOST_LAYERS = 64
+MOST_CHANNELS = 2**16
+
 
 class Config(Protocol):
     """What a decoder's config says whatever the decoder."""
@@ -81,6 +86,10 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not self.decoder_blocks:
             raise ValueError("decoder_blocks must name at least one block, got none")
+        if len(self.decoder_blocks) > MOST_BLOCKS:
+            raise ValueError(
+                f"decoder_blocks must name at most {MOST_BLOCKS} blocks, got {len(self.decoder_blocks)}"
+            )
         if self.spatial_padding_mode not in ("zeros", "reflect"):
             raise ValueError(
                 f"spatial_padding_mode must be 'zeros' or 'reflect', got {self.spatial_padding_mode!r}"
@@ -93,6 +102,9 @@ class DecoderConfig:
             made = block.after(width)
         if made != self.base_channels:
             raise ValueError(f"decoder_blocks must end with base_channels ({self.base_channels}), got {made}")
+        widest = max(self.bottleneck_channels, self.latent_channels, self.out_channels * self.patch_size**2)
+        if widest > MOST_CHANNELS:
+            raise ValueError(f"a layer must have at most {MOST_CHANNELS} channels, got {widest}")
 
     @classmethod
     def from_original(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -244,11 +256,9 @@ def _check_block(index: int, block: Block, width: int) -> None:
             )
         return
     if isinstance(block, ResBlocks):
-        if block.num_layers < 1:
-            raise ValueError(f"{where}: num_layers must be at least 1, got {block.num_layers}")
+        _check_range(f"{where}: num_layers", block.num_layers, MOST_LAYERS)
         return
-    if block.multiplier < 1:
-        raise ValueError(f"{where}: multiplier must be at least 1, got {block.multiplier}")
+    _check_range(f"{where}: multiplier", block.multiplier, MOST_CHANNELS)
     if isinstance(block, Upsample):
         positions = math.prod(block.stride)
         if block.stride not in STRIDES.values():
@@ -258,6 +268,13 @@ def _check_block(index: int, block: Block, width: int) -> None:
                 f"{where}: a residual upsampler needs channels divisible by {positions} "
                 f"and a multiplier that divides {positions}, got {width} and {block.multiplier}"
             )
+
+
+def _check_range(what: str, value: int, most: int) -> None:
+    if value < 1:
+        raise ValueError(f"{what} must be at least 1, got {value}")
+    if value > most:
+        raise ValueError(f"{what} must be at most {most}, got {value}")
 
 
 def _embedder_parameters(width: int) -> int:

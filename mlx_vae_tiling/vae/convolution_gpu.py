@@ -13,7 +13,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae import convolution_winograd as winograd
+from mlx_vae_tiling.vae import winograd_gpu, winograd_time
 from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, Padding, operands_of
 from mlx_vae_tiling.vae.operations import mirrored
 
@@ -86,15 +86,15 @@ def convolve(
     if form == "gemm":
         return _gemm(x, weight, bias, left, skip)
     if form == "winograd_time":
-        return winograd.in_time(x, weight, bias, skip, left, first_frame)
-    blocks = winograd.blocks_of(operands_of(x, weight, left), block_bytes)
+        return winograd_time.in_time(x, weight, bias, skip, left, first_frame)
+    blocks = winograd_gpu.blocks_of(operands_of(x, weight, left), block_bytes)
     assert blocks
-    return winograd.in_blocks(x, weight, bias, skip, left, blocks)
+    return winograd_gpu.in_blocks(x, weight, bias, skip, left, blocks)
 
 
 def form_of(form: GPUForm, operands: Operands, block_bytes: int = BLOCK_BYTES) -> GPUForm:
     """The form that is really taken: "folded" in place of a "winograd32" that MLX would not take."""
-    if form == "winograd32" and not winograd.blocks_of(operands.beheld, block_bytes):
+    if form == "winograd32" and not winograd_gpu.blocks_of(operands.beheld, block_bytes):
         return "folded"
     return form
 
@@ -132,9 +132,9 @@ def workspace_bytes(
     if form == "gemm":
         working = _gemm_bytes(seen)
     elif form == "winograd_time":
-        working = winograd.time_workspace_bytes(seen)
+        working = winograd_time.workspace_bytes(seen)
     else:
-        working = winograd.block_workspace_bytes(seen, winograd.blocks_of(seen, block_bytes) or [])
+        working = winograd_gpu.block_workspace_bytes(seen, winograd_gpu.blocks_of(seen, block_bytes) or [])
     return max(preparing, ready + working)
 
 
@@ -269,13 +269,13 @@ def _stock_bytes(operands: Operands) -> int:
     if operands.batch > 1:
         return made
     taps = 27 * operands.channels_in * operands.channels_out * operands.itemsize
-    if not winograd.takes_winograd(
+    if not winograd_gpu.takes_winograd(
         operands.frames * operands.given[1] * operands.given[2],
         operands.channels_in,
         operands.channels_out,
     ):
         return 4 * made + taps
-    one = winograd.kernel_bytes(
+    one = winograd_gpu.kernel_bytes(
         operands.frames,
         operands.height,
         operands.width,

@@ -27,14 +27,25 @@ class MetalBackend(Backend):
     Args:
         form: Pins a form of convolution.
         block_bytes: Bound of one block, where a convolution is computed in blocks.
+        tuned: Forms that were measured to be better here, by channels in and out. They depend on nothing
+            that differs between chunks or windows, lest frames do.
     """
 
     name: BackendName = "metal"
     block_bytes: int = gpu.BLOCK_BYTES
+    tuned: tuple[tuple[tuple[int, int], ConvolutionForm], ...] = ()
+
+    def form_of(self, channels_in: int, channels_out: int) -> ConvolutionForm:
+        """The form of a convolution."""
+        return self.form or dict(self.tuned).get((channels_in, channels_out), "folded")
 
     @property
     def pieces_ahead(self) -> int:
         return 0
+
+    @property
+    def forms(self) -> tuple[ConvolutionForm, ...]:
+        return get_args(gpu.GPUForm)
 
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """All that is left: MLX keeps active memory and its cache within the memory limit together."""
@@ -65,7 +76,7 @@ class MetalBackend(Backend):
         skip: mx.array | None = None,
         first_frame: int = 0,
     ) -> mx.array:
-        form = self.form or self.default_form(x.dtype)
+        form = self.form_of(x.shape[-1], len(weight))
         if form not in get_args(gpu.GPUForm):
             return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
         return gpu.convolve(
@@ -94,7 +105,7 @@ class MetalBackend(Backend):
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
         """Norm, activation, padding and products; between two evaluations all of it is alive."""
-        form = self.form or "folded"
+        form = self.form_of(size.operands.channels_in, size.operands.channels_out)
         if form not in get_args(gpu.GPUForm):
             return super().convolution_bytes(size, itemsize)
         operands, given = size.operands, itemsize * size.given
