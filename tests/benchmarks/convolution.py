@@ -39,6 +39,13 @@ class Shape(NamedTuple):
         return 54 * self.frames * self.height * self.width * self.in_channels * self.out_channels
 
 
+def published(name: str) -> DecoderConfig:
+    """The architecture of a convolutional decoder."""
+    config = PUBLISHED[name].config
+    assert isinstance(config, DecoderConfig)
+    return config
+
+
 def layers(config: DecoderConfig, height: int, width: int, divisor: int) -> Counter[Shape]:
     """How often each shape occurs in the decode of one latent frame (height, width)."""
     shapes: Counter[Shape] = Counter()
@@ -94,8 +101,8 @@ def candidates(
 def main() -> None:
     """A table for each decoder, with the sum over its layers."""
     quick = parse_quick(__doc__)
-    for name in ("LTX-2", "LTX-2.3 / 2.5"):
-        shapes = layers(PUBLISHED[name], 4 if quick else 8, 4 if quick else 12, 16 if quick else 1)
+    for name in ("ltx-2", "ltx-2.3"):
+        shapes = layers(published(name), 4 if quick else 8, 4 if quick else 12, 16 if quick else 1)
         total: Counter[str] = Counter()
         print(f"{name}: {sum(s.operations * n for s, n in shapes.items()) / 1e9:.0f} GFLOP")
         print(f"{'output, channels':<34}{'form':>9}{'MiB':>5}{'seconds and GFLOP/s of each':>40}{'ratio':>8}")
