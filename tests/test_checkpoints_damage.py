@@ -21,8 +21,7 @@ from mlx_vae_tiling import cli
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
 from mlx_vae_tiling.checkpoints.load import load_decoder
-from mlx_vae_tiling.media.safetensors_header import LARGEST_HEADER_BYTES, read_local_header
-from mlx_vae_tiling.media.safetensors_header import shortened
+from mlx_vae_tiling.media.safetensors_header import LARGEST_HEADER_BYTES, read_local_header, shortened
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
