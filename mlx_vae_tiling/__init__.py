@@ -26,7 +26,11 @@ from mlx_vae_tiling.tiling import (
 )
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.diffusion import DiffusionDecoder
+from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.regions import Window
+from mlx_vae_tiling.vae.tiny import TinyDecoder
+from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
 
 __version__ = "0.1.0"
 
@@ -38,10 +42,14 @@ __all__ = [
     "DecoderConfig",
     "DecodingArgs",
     "DecodingStage",
+    "DiffusionDecoder",
+    "DiffusionDecoderConfig",
     "DimensionIntervals",
     "SpatialTilingConfig",
     "TemporalTilingConfig",
     "TilingConfig",
+    "TinyDecoder",
+    "TinyDecoderConfig",
     "VerificationResult",
     "VideoDecoder",
     "Window",

@@ -26,6 +26,16 @@ UP_BLOCKS = [
 UP_BLOCKS += ["up_blocks.2.upsamplers.0", "up_blocks.2", "up_blocks.3.upsamplers.0", "up_blocks.3"]
 
 
+UP_BLOCKS_PRUNA = ["mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.conv_in"]
+UP_BLOCKS_PRUNA += [
+    "up_blocks.1.upsamplers.0",
+    "up_blocks.1",
+    "up_blocks.2.conv_in",
+    "up_blocks.2.upsamplers.0",
+]
+UP_BLOCKS_PRUNA += ["up_blocks.2", "up_blocks.3.upsamplers.0", "up_blocks.3"]
+
+
 def decoder_of(version, dtype=mx.float32, **changes):
     decoder = VideoDecoder(replace(reference_config(version), **changes)).init_random(seed=3)
     decoder.per_channel_statistics.std = mx.arange(1, decoder.config.latent_channels + 1) / 4
@@ -84,7 +94,7 @@ def combined(decoder):
 
 
 def diffusers(decoder):
-    blocks = UP_BLOCKS_090 if len(decoder.up_blocks) == 10 else UP_BLOCKS
+    blocks = {10: UP_BLOCKS_090, 11: UP_BLOCKS_PRUNA}.get(len(decoder.up_blocks), UP_BLOCKS)
     tensors = {}
     for name, value in split(decoder).items():
         if statistic := re.fullmatch(r"per_channel_statistics\.(mean|std)-of-means", name):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoResnetBlock3d
 from safetensors.numpy import save
 
 LATENT_CHANNELS = 8
@@ -57,6 +58,10 @@ BLOCKS_095 = [PLAIN, UP, PLAIN, UP, PLAIN, UP, PLAIN]
 BLOCKS_23 = [res(4), up("compress_space"), res(6), up("compress_time"), res(4), up(multiplier=1)]
 BLOCKS_23 += [res(2), up(), res(2)]
 LTX2 = {"timestep_conditioning": False, "normalize_latent_channels": False}
+# Widths 1024, 512, 384, 256, 128, 64 with 3 for 64. How the converted file writes the two narrowing blocks is
+# not known, but that it names their channels.
+BLOCKS_PRUNA = [*BLOCKS_23[:4], ["res_x_y", {"in_channels": 18, "out_channels": 12}], *BLOCKS_23[4:6]]
+BLOCKS_PRUNA += [["res_x_y", {"in_channels": 24, "out_channels": 18}], *BLOCKS_23[6:]]
 
 # What each version adds to COMMON, with as few base channels as its blocks permit: residual upsamples need
 # channels divisible by 8, hence 4; PixelNorm over fewer than 3 channels is ill-conditioned. Whether the
@@ -69,6 +74,8 @@ ORIGINAL = {
     | {"decoder_base_channels": 4, "spatial_padding_mode": "reflect", "decoder_blocks": BLOCKS_095},
     "ltx-2.3": LTX2
     | {"decoder_base_channels": 3, "spatial_padding_mode": "zeros", "decoder_blocks": BLOCKS_23},
+    "ltx-2.3-pruna": LTX2
+    | {"decoder_base_channels": 3, "spatial_padding_mode": "zeros", "decoder_blocks": BLOCKS_PRUNA},
 }
 
 # Widths are multiples of the base channels; the encoder is never used and only has to be constructible.
@@ -104,6 +111,8 @@ DIFFUSERS = {
     },
 }
 
+DIFFUSERS["ltx-2.3-pruna"] = DIFFUSERS["ltx-2.3"] | {"decoder_block_out_channels": (2, 4, 6, 16)}
+
 # (batch, frames, height, width of the latents, causal, stride). Strides are coprime to 32, to meet every
 # phase of upsampling and patches. Reflection needs two latents a side.
 SMALL = {"zeros": [(1, 1, 1, 1, False, 1), (1, 1, 1, 2, False, 1)]}
@@ -118,7 +127,12 @@ def build(version):
     config["decoder_block_out_channels"] = tuple(base * m for m in config["decoder_block_out_channels"])
     config["block_out_channels"] = (8, 16, 32, 64) if version.startswith("ltx") else (8, 16, 32, 32)
     kind = AutoencoderKLLTX2Video if version.startswith("ltx") else AutoencoderKLLTXVideo
-    vae = kind(**config).double().eval()
+    vae = kind(**config)
+    if version == "ltx-2.3-pruna":
+        # The class divides the channels that arrive here by the upsampler's factor, and cannot run: from its
+        # own module, the block that the published tensors are of.
+        vae.decoder.up_blocks[2].conv_in = LTX2VideoResnetBlock3d(6 * base, 4 * base)
+    vae = vae.double().eval()
     kept = {key: value for key, value in vae.config.items() if key != "_use_default_values"}
     return vae, {"_class_name": kind.__name__, **kept}
 
@@ -126,9 +140,12 @@ def build(version):
 def names(version):
     """Pairs of (diffusers prefix, original prefix) below `decoder.`, most specific first."""
     pairs = [("mid_block.", "up_blocks.0.")]
-    if version == "0.9.0":
+    if version in ("0.9.0", "ltx-2.3-pruna"):
         parts = ["0.", "1.upsamplers.0.", "1.", "2.conv_in.", "2.upsamplers.0.", "2."]
         parts += ["3.conv_in.", "3.upsamplers.0.", "3."]
+        if version == "ltx-2.3-pruna":
+            parts = ["0.upsamplers.0.", "0.", "1.conv_in.", "1.upsamplers.0.", "1."]
+            parts += ["2.conv_in.", "2.upsamplers.0.", "2.", "3.upsamplers.0.", "3."]
         pairs += [(f"up_blocks.{part}", f"up_blocks.{n}.") for n, part in enumerate(parts, start=1)]
     else:
         for i in range(4):

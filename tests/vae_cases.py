@@ -17,7 +17,7 @@ from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.regions import Span, Window
 
-VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3")
+VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "ltx-2", "ltx-2.3", "ltx-2.3-pruna")
 DATA = Path(__file__).parent / "data"
 
 LTX_2_3 = PUBLISHED["ltx-2.3"].config
@@ -115,7 +115,8 @@ def small_decoder(version, spatial_padding_mode=None, num_layers=1, base_channel
     config = replace(
         config,
         decoder_blocks=tuple(blocks),
-        base_channels=base_channels,
+        # Widths that are spelled out cannot be changed by their last one.
+        base_channels=config.base_channels if version == "ltx-2.3-pruna" else base_channels,
         spatial_padding_mode=spatial_padding_mode or config.spatial_padding_mode,
     )
     return VideoDecoder(config).init_random(seed=1)

@@ -10,17 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_vae_tiling.checkpoints.files import Kind
 from mlx_vae_tiling.checkpoints.parameters import Shapes, differences
 from mlx_vae_tiling.media.safetensors_header import shortened
 from mlx_vae_tiling.vae.blocks import STRIDES, Upsample
 from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.published import PUBLISHED, published_version
+from mlx_vae_tiling.vae.diffusion_config import DIFFUSERS_CLASS, ORIGINAL_CLASS, DiffusionDecoderConfig
+from mlx_vae_tiling.vae.published import NAMES, PUBLISHED, AnyConfig, published_version
+from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
 
-Config = DecoderConfig | Mapping[str, Any] | str | os.PathLike[str]
-
-CONFIG_FILES = ("embedded_config.json", "config.json")
-"""What may lie beside a decoder to describe it, most specific first."""
-
+Config = AnyConfig | Mapping[str, Any] | str | os.PathLike[str]
+KINDS: dict[Kind, type[AnyConfig]] = {
+    "convolutional": DecoderConfig,
+    "diffusion": DiffusionDecoderConfig,
+    "tiny": TinyDecoderConfig,
+}
 LARGEST_CONFIG_BYTES = 2**20
 PADDING = "spatial_padding_mode"
 
@@ -28,11 +32,16 @@ PADDING = "spatial_padding_mode"
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
+def config_files(stem: str) -> tuple[str, ...]:
+    """What may lie beside a decoder's file of this name to describe it, most specific first."""
+    return f"{stem}_config.json", "embedded_config.json", "config.json"
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint was loaded or found on a guess; the message says on which, and how to state it."""
 
 
-def parse_config(config: Mapping[str, Any]) -> DecoderConfig | None:
+def parse_config(config: Mapping[str, Any]) -> AnyConfig | None:
     """Reads the JSON of a VAE in original or diffusers form; None if it is that of something else.
 
     Raises:
@@ -46,26 +55,30 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig | None:
         raise ValueError(f"it cannot be read ({shortened(repr(error))})") from error
 
 
-def _parse(config: Mapping[str, Any]) -> DecoderConfig | None:
+def _parse(config: Mapping[str, Any]) -> AnyConfig | None:
     vae = config.get("vae", config)
     if not isinstance(vae, Mapping):
         return None
     name = str(vae.get("_class_name", ""))
+    if name == DIFFUSERS_CLASS:
+        return DiffusionDecoderConfig.from_diffusers(vae)
+    if name == ORIGINAL_CLASS:
+        return DiffusionDecoderConfig.from_original(vae)
     if vae is config and (name.startswith("AutoencoderKL") or "decoder_block_out_channels" in vae):
         return DecoderConfig.from_diffusers(vae)
-    if vae is not config or "decoder_blocks" in vae or "blocks" in vae or name == "CausalDiffusionVAE":
+    if vae is not config or "decoder_blocks" in vae or "blocks" in vae:
         return DecoderConfig.from_original(vae)
     return None
 
 
-def read_config(config: Config) -> DecoderConfig:
+def read_config(config: Config) -> AnyConfig:
     """The config that a caller passed: itself, its JSON, a .json file of that, or a version's name.
 
     Raises:
         OSError: If it is a file that cannot be read.
         ValueError: If it is none of these.
     """
-    if isinstance(config, DecoderConfig):
+    if isinstance(config, AnyConfig):
         return config
     if isinstance(config, os.PathLike) or (isinstance(config, str) and config.endswith(".json")):
         return read_config(read_json(Path(config)))
@@ -87,17 +100,21 @@ def choose_config(
     texts: Iterable[tuple[str, str]],
     names: Mapping[str, str],
     shapes: Shapes,
-) -> DecoderConfig:
+    kind: Kind = "convolutional",
+) -> AnyConfig:
     """The config that a caller passed, or else that of `find_config`.
 
     Where the caller passed nothing but a padding mode, that replaces what is found.
     """
     if given is None:
-        return find_config(place, texts, names, shapes, assumed)
+        return find_config(place, texts, names, shapes, assumed, kind)
     if isinstance(given, os.PathLike) or (isinstance(given, str) and given.endswith(".json")):
         given = read_json(Path(given))
     if isinstance(given, Mapping) and set(given) == {PADDING}:
-        found = find_config(place, [*texts, ("config", json.dumps(dict(given)))], names, shapes, assumed)
+        texts = [*texts, ("config", json.dumps(dict(given)))]
+        found = find_config(place, texts, names, shapes, assumed, kind)
+        if not isinstance(found, DecoderConfig):
+            raise ValueError(f"{place} holds a {kind} decoder, which has no {PADDING}")
         return replace(found, spatial_padding_mode=given[PADDING])
     return read_config(given)
 
@@ -118,7 +135,8 @@ def find_config(
     names: Mapping[str, str],
     shapes: Shapes,
     assumed: str | None = None,
-) -> DecoderConfig:
+    kind: Kind = "convolutional",
+) -> AnyConfig:
     """The config that JSON in a file or beside it has, or that the shapes of its decoder tell.
 
     Args:
@@ -127,6 +145,7 @@ def find_config(
         names: Our names of the decoder's tensors by those in the file.
         shapes: Their shapes by our names.
         assumed: The name of the published version that it is taken for where no JSON describes it.
+        kind: Of the decoder. A config of another kind is of a file beside it.
 
     Raises:
         ValueError: If what is found describes no supported decoder, or nothing is and shapes cannot
@@ -135,6 +154,8 @@ def find_config(
     Warns:
         CheckpointWarning: If only the shapes of exactly one published version fit.
     """
+    if kind == "tiny":
+        return TinyDecoderConfig.from_shapes(shapes)
     padding = None
     for origin, text in texts:
         try:
@@ -143,12 +164,14 @@ def find_config(
         except ValueError as error:
             reason = shortened(str(error), 400)
             raise ValueError(f"{origin} does not describe a decoder: {reason}") from error
-        if config is not None:
+        if isinstance(config, KINDS[kind]):
             return config
         padding = padding or (isinstance(described, dict) and described.get(PADDING)) or None
     if assumed is not None:
         return published_version(assumed).config
     try:
+        if kind == "diffusion":
+            return DiffusionDecoderConfig.from_shapes(shapes)
         return _infer_config(shapes, padding)
     except _UNREADABLE as error:
         fitting = None if padding else _only_fitting(place, names, shapes)
@@ -157,7 +180,7 @@ def find_config(
         raise ValueError(
             f"{place} comes without a config, and {shortened(str(error), 400)}. "
             "load_decoder(..., config=...) and --config take the VAE's JSON or "
-            f"one of {', '.join(map(repr, PUBLISHED))}"
+            f"one of {', '.join(map(repr, NAMES))}"
         ) from error
 
 
@@ -170,7 +193,7 @@ def metadata_texts(place: str, metadata: Mapping[str, str]) -> Iterator[tuple[st
 def side_texts(path: Path, metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The JSON in a file's metadata and in the files beside it, each with its origin."""
     yield from metadata_texts(str(path), metadata)
-    for name in CONFIG_FILES:
+    for name in config_files(path.stem):
         side_file = path.parent / name
         if side_file.is_file():
             yield str(side_file), read_text(side_file)
@@ -220,7 +243,7 @@ def _infer_config(shapes: Shapes, padding: Any) -> DecoderConfig:
     return DecoderConfig.from_shapes(shapes, spatial_padding_mode=padding)
 
 
-def _only_fitting(place: str, names: Mapping[str, str], shapes: Shapes) -> DecoderConfig | None:
+def _only_fitting(place: str, names: Mapping[str, str], shapes: Shapes) -> AnyConfig | None:
     """The config of the one published version that has exactly these tensors."""
     fitting = [version for version in PUBLISHED.values() if not differences(version.config, names, shapes)]
     if len(fitting) != 1:

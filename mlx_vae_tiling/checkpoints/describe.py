@@ -8,7 +8,13 @@ from pathlib import Path
 from mlx_vae_tiling.checkpoints.configs import Config, side_texts
 from mlx_vae_tiling.checkpoints.fetch import plan_fetch, warn_of
 from mlx_vae_tiling.checkpoints.fetch_plan import remote_texts
-from mlx_vae_tiling.checkpoints.files import FOLDERS, choose_decoder_files, merged, with_shards
+from mlx_vae_tiling.checkpoints.files import (
+    DIFFUSION_FOLDER,
+    FOLDERS,
+    choose_decoder_files,
+    merged,
+    with_shards,
+)
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo, StoredDecoder, identify
 from mlx_vae_tiling.checkpoints.locate import Located, Remote, Source, locate, parse_source
 from mlx_vae_tiling.media.safetensors_header import read_local_header
@@ -63,7 +69,7 @@ def _listed(root: Path, folder: str = "") -> Iterator[str]:
     for entry in (root / folder).iterdir():
         name = f"{folder}/{entry.name}".removeprefix("/")
         if entry.is_dir():
-            if name.lower() in FOLDERS:
+            if name.lower() in (*FOLDERS, DIFFUSION_FOLDER):
                 yield from _listed(root, name)
         elif name.endswith(".safetensors") and entry.is_file():
             yield name

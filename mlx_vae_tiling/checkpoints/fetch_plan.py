@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_vae_tiling.checkpoints import hub
-from mlx_vae_tiling.checkpoints.configs import CONFIG_FILES, metadata_texts, read_text
+from mlx_vae_tiling.checkpoints.configs import config_files, metadata_texts, read_text
 from mlx_vae_tiling.checkpoints.extract import Extract
 from mlx_vae_tiling.checkpoints.files import (
     choose_decoder_files,
-    decoder_prefix,
+    decoder_in,
     decoder_tensors,
     no_decoder,
     with_shards,
@@ -24,7 +24,7 @@ from mlx_vae_tiling.checkpoints.identify import identify
 from mlx_vae_tiling.checkpoints.parameters import listing
 from mlx_vae_tiling.checkpoints.sources import HubFile
 from mlx_vae_tiling.media.safetensors_header import Header, read_local_header
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.published import NAMES
 
 WORTH_EXTRACTING = 0.8
 """A file is downloaded whole where the decoder is more of it than this."""
@@ -177,12 +177,12 @@ def _files(source: hub.Repository, file: str | None, *, known: bool) -> list[str
 def _plan_extract(source: hub.Repository, file: str, target: Path, version: str | None) -> Extract | None:
     """How to get only the decoder; None where the whole file is little more."""
     header = source.header(file)
-    prefix = decoder_prefix(header.tensors)
-    if prefix is None:
+    decoder = decoder_in(header.tensors)
+    if decoder is None:
         raise no_decoder(f"{source.id}/{file}", [header])
     if version is not None:
         _check_version(source, file, header, version)
-    wanted = decoder_tensors(header.tensors, prefix)
+    wanted = decoder_tensors(header.tensors, decoder)
     wanted_bytes = sum(tensor.size_in_bytes for tensor in wanted.values())
     if wanted_bytes > WORTH_EXTRACTING * source.file_bytes[file]:
         return None
@@ -196,8 +196,8 @@ def _check_version(source: hub.Repository, file: str, header: Header, version: s
         found = identify(place, header, remote_texts(source, file, header), None, version).info.version
     except ValueError as error:
         raise NotThere(str(error)) from error
-    if found != PUBLISHED[version].title:
-        raise NotThere(f"{place} holds {found}, not {PUBLISHED[version].title}")
+    if found != NAMES[version].title:
+        raise NotThere(f"{place} holds {found}, not {NAMES[version].title}")
 
 
 def remote_texts(source: hub.Repository, file: str, header: Header) -> Iterator[tuple[str, str]]:
@@ -209,7 +209,7 @@ def remote_texts(source: hub.Repository, file: str, header: Header) -> Iterator[
 
 def _side_files(source: hub.Repository, file: str) -> list[str]:
     folder = file.rpartition("/")[0]
-    sides = [f"{folder}/{name}".lstrip("/") for name in CONFIG_FILES]
+    sides = [f"{folder}/{name}".lstrip("/") for name in config_files(Path(file).stem)]
     return [side for side in sides if side in source.file_bytes]
 
 

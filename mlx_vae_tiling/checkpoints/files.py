@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
 
 from mlx_vae_tiling.checkpoints.parameters import listing
 from mlx_vae_tiling.media.safetensors_header import Header, TensorEntry
@@ -15,24 +17,52 @@ PREFIXES = ("vae.decoder.", "vae_decoder.", "decoder.", "")
 FOLDERS = ("vae/decoder", "decoder", "vae", "")
 """Where decoders lie, most specific first; without regard to case."""
 
+DIFFUSION_FOLDER = "diffusion_decoder"
+"""Where a diffusion decoder lies beside a convolutional one."""
+
+Kind = Literal["convolutional", "diffusion", "tiny"]
+
 _SHARD = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d+)\.safetensors")
 
 
-def decoder_prefix(tensors: Mapping[str, TensorEntry]) -> str | None:
-    """What precedes the names of a convolutional video decoder's tensors; None if there is none."""
+class Found(NamedTuple):
+    """What kind of video decoder a file holds, and what precedes the names of its tensors."""
+
+    kind: Kind
+    prefix: str
+
+
+def decoder_in(tensors: Mapping[str, TensorEntry]) -> Found | None:
+    """The video decoder among these tensors; None if there is none."""
     for prefix in PREFIXES:
+        if f"{prefix}conv_in_x_t.weight" in tensors and f"{prefix}det_stages.0.0.norm1.weight" in tensors:
+            return Found("diffusion", prefix)
         kernels = (tensors.get(f"{prefix}conv_in.{conv}.weight") for conv in ("conv", "conv.conv"))
         is_video = any(kernel is not None and len(kernel.shape) == 5 for kernel in kernels)
         if is_video and any(name.startswith(f"{prefix}up_blocks.") for name in tensors):
-            return prefix
+            return Found("convolutional", prefix)
+    first = tensors.get("decoder.1.weight")
+    if first is not None and len(first.shape) == 4 and "decoder.3.conv.0.weight" in tensors:
+        return Found("tiny", "decoder.")
     return None
 
 
-def decoder_tensors(tensors: Mapping[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
+def decoder_tensors(tensors: Mapping[str, TensorEntry], found: Found) -> dict[str, TensorEntry]:
     """The decoder's tensors and the per-channel statistics, under their names in the file."""
+    prefix = found.prefix
     outside = prefix.removesuffix("decoder.") if prefix in ("vae.decoder.", "decoder.") else prefix
     beginnings = (prefix, f"{outside}per_channel_statistics.", f"{outside}latents_")
     return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+
+
+def _in_words(tensors: Mapping[str, TensorEntry]) -> str | None:
+    """The kind and the size of the video decoder among these tensors; None if there is none."""
+    found = decoder_in(tensors)
+    if found is None:
+        return None
+    parameters = sum(math.prod(tensor.shape) for tensor in decoder_tensors(tensors, found).values())
+    kind = "tiny, for previews" if found.kind == "tiny" else found.kind
+    return f"{kind}, {parameters / 1e6:.3g} M parameters"
 
 
 def choose_decoder_files(place: str, names: Iterable[str], read: Callable[[str], Header]) -> list[str]:
@@ -44,25 +74,29 @@ def choose_decoder_files(place: str, names: Iterable[str], read: Callable[[str],
         read: Reads the header of one of them.
 
     Raises:
-        ValueError: If none holds a video decoder, or if several of one folder do.
+        ValueError: If none holds a video decoder, or if several do that could be meant.
     """
     files = sorted(name for name in names if name.endswith(".safetensors"))
     headers: dict[str, Header] = {}
-    for folder in FOLDERS:
-        found = []
+
+    def found_in(folder: str) -> dict[str, str]:
+        found = {}
         inside = [file for file in files if str(PurePosixPath(file).parent).lower() == (folder or ".")]
-        headers |= {file: read(file) for file in inside}
+        headers.update({file: read(file) for file in inside})
         for first, *others in _groups(inside):
-            tensors = merged([headers[file] for file in (first, *others)]).tensors
-            found += [first] * (decoder_prefix(tensors) is not None)
-        if len(found) > 1:
-            raise ValueError(
-                f"{place} has several files with a video decoder, choose one of them: "
-                f"{listing(found, ', ', longest=20)}"
-            )
-        if found:
-            return with_shards(found[0], files)
-    raise no_decoder(place, headers.values())
+            words = _in_words(merged([headers[file] for file in (first, *others)]).tensors)
+            if words:
+                found[first] = words
+        return found
+
+    beside = found_in(DIFFUSION_FOLDER)
+    found = next((found for folder in FOLDERS if (found := found_in(folder))), {}) | beside
+    if not found:
+        raise no_decoder(place, headers.values())
+    if len(found) > 1:
+        listed = listing((f"{file} ({words})" for file, words in found.items()), ", ", longest=20)
+        raise ValueError(f"{place} has several files with a video decoder, choose one of them: {listed}")
+    return with_shards(next(iter(found)), files)
 
 
 def with_shards(file: str, names: Iterable[str]) -> list[str]:
@@ -91,18 +125,9 @@ def no_decoder(place: str, headers: Iterable[Header]) -> ValueError:
     """The error of a place whose files hold no video decoder, saying what they hold instead."""
     headers = list(headers)
     names = {name for header in headers for name in header.tensors}
-    if any(re.search(r"\b(det_stages|diff_blocks)\.", name) for name in names):
-        return ValueError(
-            f"{place} holds a diffusion decoder, which is not supported; LTX-2.5's convolutional file "
-            "ltx-2.5-video-vae-conv-bf16.safetensors decodes the same latents"
-        )
     if any(re.match(r"((vae[._])?encoder\.|)down_blocks\.", name) for name in names):
         return ValueError(
             f"{place} holds the encoder of a VAE but not its decoder; load the file of the decoder"
-        )
-    if any(re.match(r"decoder\.\d+\.", name) for name in names):
-        return ValueError(
-            f"{place} holds a preview decoder (TAEHV), which is not supported; load the full VAE"
         )
     shown = listing(sorted({name.split(".")[0] for name in names}), ", ", longest=8)
     expected = ", ".join(f"{prefix}conv_in" for prefix in PREFIXES)

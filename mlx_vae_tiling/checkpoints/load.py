@@ -10,12 +10,14 @@ import numpy as np
 
 from mlx_vae_tiling.checkpoints.configs import Config
 from mlx_vae_tiling.checkpoints.describe import find_decoder
+from mlx_vae_tiling.checkpoints.identify import StoredTensor
 from mlx_vae_tiling.checkpoints.locate import Source
 from mlx_vae_tiling.checkpoints.parameters import parameter_shapes
 from mlx_vae_tiling.checkpoints.tensor_names import Axes
 from mlx_vae_tiling.dtypes import STORED, FloatType, parse_dtype
 from mlx_vae_tiling.media.safetensors_header import TensorEntry
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
 
 PART = 2**20
 """Values that are looked at together, so that looking takes no more memory than this."""
@@ -29,7 +31,7 @@ _EXPONENTS = {
 
 def load_decoder(
     source: Source, *, dtype: mx.Dtype | str | None = None, config: Config | None = None
-) -> VideoDecoder:
+) -> StreamingDecoder:
     """Loads a video decoder from any published file layout.
 
     Only the decoder's tensors are read, one by one, also from a checkpoint of a whole model.
@@ -63,18 +65,37 @@ def load_decoder(
     """
     wanted = None if dtype is None else parse_dtype(dtype)
     stored = find_decoder(source, config)
-    decoder = VideoDecoder(stored.info.config)
+    decoder = build_decoder(stored.info.config)
     wanted = wanted or parse_dtype(stored.info.dtype)
     weights = []
     for name, shape in parameter_shapes(decoder).items():
         target = None if name.startswith("per_channel_statistics.") else wanted
-        weights.append((name, _read(stored.entries[name], stored.axes.get(name), shape, target)))
+        weights.append((name, _read(stored.tensors[name], shape, target)))
     decoder.load_weights(weights)
     return decoder
 
 
-def _read(entry: TensorEntry, axes: Axes | None, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
-    """One tensor, evaluated, so that nothing but the result is alive when the next is read."""
+def _read(tensor: StoredTensor, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
+    """One parameter, evaluated, so that nothing but the result is alive when the next is read."""
+    parts = [_read_entry(part, tensor.axes) for part in tensor.parts]
+    value = (parts[0] if len(parts) == 1 else mx.concatenate(parts)).reshape(shape)
+    if tensor.gate is not None:
+        gate = _read_entry(tensor.gate, None).astype(mx.float32).reshape(-1, *[1] * (value.ndim - 1))
+        value = (gate * value.astype(mx.float32)).astype(value.dtype)
+    stored = value.dtype
+    value = value.astype(dtype or stored)
+    mx.eval(value)
+    if value.dtype != stored and not _fits(value):
+        first = tensor.parts[0]
+        raise ValueError(
+            f"{first.file}: {first.name} has values that {dtype} cannot hold; "
+            f"load it as {STORED[first.dtype].name}"
+        )
+    return value
+
+
+def _read_entry(entry: TensorEntry, axes: Axes | None) -> mx.array:
+    """One stored tensor, in the axes of ours."""
     kind = STORED[entry.dtype]
     count = math.prod(entry.shape)
     values = np.fromfile(entry.file, kind.numpy, count, offset=entry.start)
@@ -84,15 +105,7 @@ def _read(entry: TensorEntry, axes: Axes | None, shape: tuple[int, ...], dtype: 
         )
     _check_finite(entry, kind, values)
     values = values.reshape(entry.shape)
-    if axes:
-        values = values.transpose(axes)
-    tensor = mx.array(values.reshape(shape)).view(kind.mlx).astype(dtype or kind.mlx)
-    mx.eval(tensor)
-    if dtype is not None and dtype != kind.mlx and not _fits(tensor):
-        raise ValueError(
-            f"{entry.file}: {entry.name} has values that {dtype} cannot hold; load it as {kind.name}"
-        )
-    return tensor
+    return mx.array(values.transpose(axes) if axes else values).view(kind.mlx)
 
 
 def _check_finite(entry: TensorEntry, kind: FloatType, values: Any) -> None:

@@ -8,19 +8,20 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.media.safetensors_header import shortened
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
+from mlx_vae_tiling.vae.published import AnyConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def parameter_shapes(decoder: VideoDecoder) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(decoder: StreamingDecoder) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its name."""
     parameters: Any = tree_flatten(decoder.parameters())
     return {name: parameter.shape for name, parameter in parameters}
 
 
-def differences(config: DecoderConfig, names: Mapping[str, str], shapes: Shapes) -> list[str]:
+def differences(config: AnyConfig, names: Mapping[str, str], shapes: Shapes) -> list[str]:
     """How a file's tensors differ from a config's, one phrase each; axes of size 1 do not count.
 
     Args:
@@ -28,7 +29,7 @@ def differences(config: DecoderConfig, names: Mapping[str, str], shapes: Shapes)
         names: Our name of each tensor by its name in the file.
         shapes: Their shapes by our names.
     """
-    expected = parameter_shapes(VideoDecoder(config))
+    expected = parameter_shapes(build_decoder(config))
     found = [f"{name} is missing" for name in expected if name not in shapes]
     first = {ours: name for name, ours in reversed(list(names.items()))}
     for name, ours in names.items():

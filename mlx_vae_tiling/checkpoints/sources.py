@@ -36,5 +36,18 @@ SOURCES: dict[str, tuple[HubFile, ...]] = {
         HubFile("Kijai/LTX2.3_comfy", "vae/LTX23_video_vae_bf16.safetensors"),
         HubFile("Lightricks/LTX-2.3", "ltx-2.3-22b-dev.safetensors"),
     ),
+    "ltx-2.3-pruna": (
+        HubFile("Kijai/LTX2.3_comfy", "vae/pruna_ltx2.3_vae_comfy_bf16.safetensors"),
+        HubFile("PrunaAI/PrunaVAED", _DIFFUSERS),
+    ),
+    "ltx-2.5-conv": (
+        HubFile("Lightricks/LTX-2.5", "vae/ltx-2.5-video-vae-conv-bf16.safetensors"),
+        HubFile("Lightricks/LTX-2.5-Diffusers", _DIFFUSERS),
+    ),
+    "ltx-2.5": (
+        HubFile("Lightricks/LTX-2.5", "vae/ltx-2.5-video-vae-bf16.safetensors"),
+        HubFile("Lightricks/LTX-2.5-Diffusers", "diffusion_decoder/diffusion_pytorch_model.safetensors"),
+    ),
+    "taeltx2_3": (HubFile("Kijai/LTX2.3_comfy", "vae/taeltx2_3.safetensors"),),
 }
 """By the names of `vae.published`: files of a VAE alone first, then those of whole models."""

@@ -6,13 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from mlx_vae_tiling.checkpoints.files import Found
+
 Axes = tuple[int, ...]
 
 KERNEL_AXES: tuple[Axes, ...] = ((0, 2, 3, 4, 1), (0, 1, 2, 3, 4), (0, 1, 2, 4, 3))
 """What turns (O, I, 3, 3, 3) of torch, (O, 3, 3, 3, I) of MLX and (O, 3, 3, I, 3), seen in malformed
 conversions, into (O, 3, 3, 3, I)."""
 
-_STATISTICS = {
+STATISTICS = {
     f"{place}{name}": f"per_channel_statistics.{ours}"
     for ours in ("mean", "std")
     for place, name in (
@@ -39,10 +41,13 @@ _DIFFUSERS_BLOCK = re.compile(r"(?:mid_block|up_blocks\.(\d+))\.(?:(conv_in|upsa
 _DIFFUSERS_ORDER = ("conv_in", "upsamplers", None)
 
 
-def layout_of(names: Iterable[str], prefix: str) -> str:
-    """A word for the layout of a decoder whose tensors' names begin with `prefix`."""
+def layout_of(names: Iterable[str], found: Found) -> str:
+    """A word for the layout of the decoder with these tensors."""
+    if found.kind == "tiny":
+        return "taehv"
+    prefix = found.prefix
     inner = {name.removeprefix(prefix) for name in names}
-    if any(name.startswith("mid_block.") for name in inner):
+    if any(name.startswith(("mid_block.", "t_embedder.timestep_embedder.")) for name in inner):
         return "diffusers"
     if "conv_in.conv.conv.weight" in inner:
         return "mlx-video"
@@ -68,8 +73,8 @@ def rename(names: Iterable[str], prefix: str) -> dict[str, str]:
     numbers = _diffusers_numbers(inner.values())
     renamed = {}
     for name, short in inner.items():
-        if short in _STATISTICS:
-            renamed[name] = _STATISTICS[short]
+        if short in STATISTICS:
+            renamed[name] = STATISTICS[short]
         elif not _UNUSED.fullmatch(short):
             renamed[name] = _original_name(short, numbers)
     return renamed

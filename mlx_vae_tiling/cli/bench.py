@@ -18,7 +18,7 @@ from mlx_vae_tiling.runtime.bench import Bench, Decode, bench
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, load_tuning, save_tuning
 from mlx_vae_tiling.vae.base import StreamingDecoder
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 PURPOSE = "measure this machine: forms of the convolution, passes over memory, whole decodes"
@@ -68,7 +68,7 @@ def _decoder(args: argparse.Namespace) -> StreamingDecoder:
     dtype = parse_dtype(args.dtype) if args.dtype else None
     if args.vae or (args.quick and not args.version):
         return load_decoder(args.vae or "demo", dtype=dtype, config=parse_config(args.config))
-    decoder = VideoDecoder(PUBLISHED[args.version or "ltx-2.3"].config)
+    decoder = build_decoder(PUBLISHED[args.version or "ltx-2.3"].config)
     decoder.cast(dtype or mx.bfloat16)
     return decoder.init_random()
 

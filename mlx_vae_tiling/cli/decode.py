@@ -12,6 +12,8 @@ from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
 from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
 from mlx_vae_tiling.media.latents import looks_denormalized
 from mlx_vae_tiling.runtime.run import decode_to_file, kept_frames
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.tiny import TinyDecoder
 
 PURPOSE = "decode saved latents to a video, an image sequence or an array"
 EXAMPLES = """
@@ -19,6 +21,7 @@ EXAMPLES = """
   mlx-vae-tiling decode shot.safetensors --vae ltx-2.3-vae.safetensors -o shot.mp4 --memory 8GB
   mlx-vae-tiling decode shot.latent --vae Kijai/LTX2.3_comfy -o shot.mov --fps 24000/1001
   mlx-vae-tiling decode shot.npy --vae ltx-2-vae/ -o part.npy --frames 24:48 --crop 0:256,128:384
+  mlx-vae-tiling decode shot.safetensors --preview taeltx2_3.safetensors -o preview.mp4
   mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30"""
 
 
@@ -38,25 +41,35 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--quality", type=float, help="of h264 and hevc: 1, best, to 51; default 18")
     add("--timestep", type=float, help="of versions with timestep conditioning; default 0.05")
     add("--noise-scale", type=float, help="noise in the latents of those versions, 0 to 1; default 0.025")
-    add("--seed", type=int, default=0, help="of that noise; default 0")
+    add("--seed", type=int, default=0, help="of that noise, and of a diffusion decoder's; default 0")
+    add(
+        "--steps", type=int, metavar="N", help="denoising steps of a diffusion decoder; default: its config's"
+    )
+    add(
+        "--preview",
+        metavar="SOURCE",
+        help="a tiny decoder (TAEHV) to decode with in place of --vae, far faster and blurrier",
+    )
     add(
         "--denormalized", action="store_true", help="LATENTS were denormalized, as by diffusers' LTX2Pipeline"
     )
     add("--resume", action="store_true", help="continue a decode that ended early, from OUT.partial")
     add("-q", "--quiet", action="store_true", help="no plan and no progress on stderr")
-    add_planning(command)
+    add_planning(command, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Decodes and prints the report; returns the exit status."""
-    decoder = load_decoder(
-        locate_aloud(args.vae, args.quiet), dtype=args.dtype, config=parse_config(args.config)
-    )
+    decoder = _decoder(args)
     saved = read_given_latents(args, decoder.config)
-    statistics = decoder.per_channel_statistics
-    if not args.denormalized and looks_denormalized(saved.latents, statistics.mean, statistics.std):
+    statistics = getattr(decoder, "per_channel_statistics", None)
+    if (
+        statistics is not None
+        and not args.denormalized
+        and looks_denormalized(saved.latents, statistics.mean, statistics.std)
+    ):
         print_warning("the latents look denormalized; if the video comes out wrong, pass --denormalized")
-    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype)
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
     if not args.quiet:
         print(plan, file=sys.stderr)
     plan.require_fit()
@@ -73,10 +86,25 @@ def run(args: argparse.Namespace) -> int:
         noise_scale=args.noise_scale,
         seed=args.seed,
         normalized=not args.denormalized,
+        num_inference_steps=args.steps,
         progress=not args.quiet,
     )
     print_result(args, report, report_fields(report))
     return 0
+
+
+def _decoder(args: argparse.Namespace) -> StreamingDecoder:
+    if args.preview is None:
+        if args.vae is None:
+            raise ValueError("a decode needs --vae SOURCE, or --preview SOURCE for a tiny decoder")
+        source = locate_aloud(args.vae, args.quiet)
+        return load_decoder(source, dtype=args.dtype, config=parse_config(args.config))
+    decoder = load_decoder(locate_aloud(args.preview, args.quiet), dtype=args.dtype)
+    if not isinstance(decoder, TinyDecoder):
+        raise ValueError(
+            f"--preview takes a tiny decoder (TAEHV), and {args.preview} is none; pass it as --vae"
+        )
+    return decoder
 
 
 def resumable(args: argparse.Namespace) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vae_tiling.tiling import TilingConfig
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.config import Config
+from mlx_vae_tiling.vae.published import NAMES
 from mlx_vae_tiling.vae.regions import Window
 
 SOURCE = 'VAE: a file, a directory, a published version, owner/name on the Hugging Face Hub, or "demo"'
@@ -44,7 +44,7 @@ def parse_size(option: str, text: str | None) -> tuple[int, int, int] | None:
     return match and (int(match[1]), int(match[2]), int(match[3]))
 
 
-def parse_tiling(text: str, config: DecoderConfig, shape: tuple[int, ...]) -> TilingConfig | int | None:
+def parse_tiling(text: str, config: Config, shape: tuple[int, ...]) -> TilingConfig | int | None:
     """Reads "none", a preset of `TilingConfig`, or a number of latents around each window.
 
     Args:
@@ -64,11 +64,11 @@ def parse_tiling(text: str, config: DecoderConfig, shape: tuple[int, ...]) -> Ti
 
 def parse_config(text: str | None) -> Any:
     """What `load_decoder` takes as config: the name of a version, or the contents of a .json file."""
-    if text is None or text in PUBLISHED:
+    if text is None or text in NAMES:
         return text
     try:
         return json.loads(Path(text).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--config must be one of {', '.join(PUBLISHED)} or a .json file, got {text!r} ({error})"
+            f"--config must be one of {', '.join(NAMES)} or a .json file, got {text!r} ({error})"
         ) from error

@@ -8,7 +8,7 @@ from typing import NoReturn
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.cli import bench, decode, fetch, info, plan
 from mlx_vae_tiling.cli.printing import NAME
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.published import NAMES
 
 COMMANDS = {"decode": decode, "plan": plan, "info": info, "fetch": fetch, "bench": bench}
 
@@ -38,7 +38,7 @@ def new_parser() -> Parser:
         if module is not fetch:
             command.add_argument(
                 "--config",
-                help=f"for a VAE that tells no version: {', '.join(PUBLISHED)}, or a .json file",
+                help=f"for a VAE that tells no version: {', '.join(NAMES)}, or a .json file",
             )
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -15,9 +15,10 @@ from mlx_vae_tiling.media.latents import SavedLatents, read_latents
 from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
+from mlx_vae_tiling.vae.config import Config
+from mlx_vae_tiling.vae.published import NAMES, AnyConfig
 
 PURPOSE = "say what a decode will take, without decoding"
 EXAMPLES = """
@@ -37,8 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
-    if args.vae in PUBLISHED and not Path(args.vae).exists():
-        config, stored = PUBLISHED[args.vae].config, "bfloat16"
+    if args.vae in NAMES and not Path(args.vae).exists():
+        config, stored = NAMES[args.vae].config, "bfloat16"
     else:
         info = describe_checkpoint(args.vae, config=parse_config(args.config))
         config, stored = info.config, info.dtype
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a plan is for LATENTS or for --shape FxHxW, give one of them")
     shape = (1, config.latent_channels, *size) if size else read_given_latents(args, config).latents.shape
     plan = plan_for(args, config, shape, parse_dtype(args.dtype or stored))
-    seconds, text = expected_seconds(VideoDecoder(config), plan), str(plan)
+    seconds, text = expected_seconds(build_decoder(config), plan), str(plan)
     if seconds is not None:
         text += f"\ntime     {seconds:.3g} s of convolutions, at the rates measured here"
     print_result(args, text, {**plan_fields(plan), "seconds": seconds})
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_planning(command: argparse.ArgumentParser) -> None:
+def add_planning(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Declares the arguments that a plan needs, for `plan` and for `decode`."""
     add = command.add_argument
-    add("--vae", required=True, metavar="SOURCE", help=f"{SOURCE}; versions: {', '.join(PUBLISHED)}")
+    add("--vae", required=required, metavar="SOURCE", help=f"{SOURCE}; versions: {', '.join(NAMES)}")
     add("--memory", metavar="BYTES", help="budget, as 8GB or 6.5GiB; default: 70 %% of what is available")
     add(
         "--tiling",
@@ -79,17 +80,21 @@ def add_planning(command: argparse.ArgumentParser) -> None:
     add("--latent-size", metavar="FxHxW", help="of packed latents (B, F*H*W, C)")
 
 
-def read_given_latents(args: argparse.Namespace, config: DecoderConfig) -> SavedLatents:
+def read_given_latents(args: argparse.Namespace, config: Config) -> SavedLatents:
     """Reads LATENTS as the arguments say."""
     size = parse_size("--latent-size", args.latent_size)
     return read_latents(args.latents, key=args.key, latent_size=size, channels=config.latent_channels)
 
 
 def plan_for(
-    args: argparse.Namespace, decoder: VideoDecoder | DecoderConfig, shape: tuple[int, ...], dtype: mx.Dtype
+    args: argparse.Namespace,
+    decoder: StreamingDecoder | AnyConfig,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    inference_steps: int | None = None,
 ) -> DecodePlan:
     """Plans a decode as the arguments say."""
-    config = decoder if isinstance(decoder, DecoderConfig) else decoder.config
+    config = decoder.config if isinstance(decoder, StreamingDecoder) else decoder
     return plan_decode(
         decoder,
         shape,
@@ -98,4 +103,5 @@ def plan_for(
         tiling=parse_tiling(args.tiling, config, shape),
         window=parse_window(args.frames, args.crop),
         no_tune=args.no_tune,
+        num_inference_steps=inference_steps,
     )

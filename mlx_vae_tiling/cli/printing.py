@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
@@ -14,6 +15,9 @@ from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.run import DecodeReport
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
+from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
+from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Window
 
 NAME = "mlx-vae-tiling"
@@ -58,8 +62,7 @@ def checkpoint_fields(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **vars(info),
         "path": str(info.path),
-        "config": dataclasses.asdict(config)
-        | {"decoder_blocks": [{type(b).__name__: vars(b)} for b in config.decoder_blocks]},
+        "config": _config_fields(config),
         "parameters": config.parameters,
         "receptive_field": config.receptive_field,
         "temporal_scale": config.temporal_scale,
@@ -78,7 +81,7 @@ def checkpoint_text(info: CheckpointInfo) -> str:
         "layout": info.layout,
         "stored": f"{info.dtype}, {format_bytes(info.decoder_bytes)}",
         "parameters": f"{config.parameters:,}",
-        "blocks": ", ".join(_block(block) for block in config.decoder_blocks),
+        "blocks": ", ".join(_blocks(config)),
         "config": ", ".join(f"{name} {value}" for name, value in others.items()),
         "scale": f"{config.temporal_scale} frames and {config.spatial_scale} pixels per latent",
         "receptive": f"field of {time:.2f} latents in time, {height:.2f} x {width:.2f} in space, each way",
@@ -90,9 +93,36 @@ def _bounds(window: Window) -> dict[str, list[int]]:
     return {name: [part.start, part.stop] for name, part in vars(window).items()}
 
 
+def _config_fields(config: AnyConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    if isinstance(config, DecoderConfig):
+        fields["decoder_blocks"] = [{type(b).__name__: vars(b)} for b in config.decoder_blocks]
+    return fields
+
+
+def _blocks(config: AnyConfig) -> Iterator[str]:
+    """What a decoder is made of, in decode order."""
+    if isinstance(config, DecoderConfig):
+        yield from (_block(block) for block in config.decoder_blocks)
+    elif isinstance(config, DiffusionDecoderConfig):
+        for depth, kernel, up in zip(
+            config.stage_depths, config.stage_kernels, (*config.upsamples, None), strict=True
+        ):
+            yield f"{depth} attending to {_by(kernel)}" + ("" if up else ", denoising")
+            if up:
+                yield f"up {_by(up[0])}"
+    else:
+        for width in config.widths[:-1]:
+            yield from (f"{config.blocks} of {width} channels that see the frame before", "up 2x2x2")
+
+
 def _block(block: Any) -> str:
     if isinstance(block, ResBlocks):
         return f"{block.num_layers} residual" + (" with noise" if block.inject_noise else "")
     if isinstance(block, ResBlockNarrowing):
         return "narrowing"
-    return f"up {'x'.join(map(str, block.stride))}"
+    return f"up {_by(block.stride)}"
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))

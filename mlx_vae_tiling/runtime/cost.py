@@ -11,6 +11,7 @@ import numpy as np
 from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.options import DecodeOptions
 from mlx_vae_tiling.vae.regions import Region, Span
 from mlx_vae_tiling.vae.schedule import Deliver, Forget, Pace, frames_per_latent, regions_of, schedule
 
@@ -84,7 +85,7 @@ class CostModel:
         latent_shape: (B, C, F, H, W).
         dtype: Of weights and activations.
         backend: Where it runs.
-        causal: Overrides the config's.
+        options: Of the decode; None for the decoder's defaults.
         output_dtype: Of the frames; None for that of the weights.
     """
 
@@ -94,11 +95,11 @@ class CostModel:
         latent_shape: tuple[int, ...],
         dtype: mx.Dtype,
         backend: Backend,
-        causal: bool | None = None,
+        options: DecodeOptions | None = None,
         output_dtype: mx.Dtype | None = None,
     ):
         self.decoder, self.latent_shape, self.dtype, self.backend = decoder, latent_shape, dtype, backend
-        self.options = decoder.options(causal=causal)
+        self.options = options or decoder.options()
         self.output_dtype = output_dtype or dtype
         self.steps = decoder.steps(self.options, self.output_dtype)
         scale, size, some = frames_per_latent(self.steps)[-1], 2**20, Span(0, 1, 1)

@@ -66,6 +66,8 @@ def measured_seconds(
     """
     tuning = load_tuning() if tuning is None else tuning
     machine, levels = machine_of(backend, dtype), _by_channels(steps, everything)
+    if not levels:
+        return None
     seconds = 0.0
     for part in parts:
         for level, _, operations in work_of(steps, part.inside, 1):

@@ -65,6 +65,7 @@ class Job:
         options: Of the decode.
         kind: Of the frames that are wanted: one of `KINDS`.
         meter: Of MLX's memory.
+        noise: Of the whole video.
         checked: Whether frames are looked at for faults.
     """
 
@@ -74,6 +75,7 @@ class Job:
     options: DecodeOptions
     kind: str
     meter: PeakMeter
+    noise: Noise
     checked: bool = True
 
     @classmethod
@@ -85,6 +87,7 @@ class Job:
         kind: str,
         plan: DecodePlan | None,
         checked: bool = True,
+        noise: mx.array | None = None,
         **planning: Any,
     ) -> Job:
         """Checks all of it, and plans the decode where there is no plan yet.
@@ -92,6 +95,7 @@ class Job:
         Args:
             decoder, latents, options, kind, checked: As `Job`.
             plan: For these latents; None to make one.
+            noise: In place of that of the options' seed.
             **planning: As `plan_decode`.
 
         Raises:
@@ -104,13 +108,15 @@ class Job:
         if checked and bad:
             raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
         if plan is None:
-            plan = plan_decode(decoder, latents.shape, causal=options.causal, **planning)
+            planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
+            plan = plan_decode(decoder, latents.shape, **planning)
         plan.require_match(decoder, latents.shape, options)
         plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
         mx.eval(weights)
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
-        return cls(decoder, latents, plan, options, kind, PeakMeter(others), checked)
+        noise_of_video = decoder.noise(latents.shape, options, noise)
+        return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -127,6 +133,7 @@ class Job:
             tiling=old.tiling,
             window=None if isinstance(old.tiling, TilingConfig) else old.output.window,
             causal=old.causal,
+            num_inference_steps=old.inference_steps,
             parts=parts,
         )
         plan.require_fit()
@@ -198,10 +205,11 @@ class Job:
         """Pieces of one part from output frame `start` on."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
-            return _skip(decoder.run_tiled(self.latents, options, plan.tiling, plan.backend), start)
+            pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
+            return _skip(pieces, start)
         _, rows, columns = part.latents
         latents = self.latents[..., rows.slice, columns.slice]
-        noise = Noise(options.seed, (rows.size, columns.size), (0, rows.start, columns.start))
+        noise = self.noise.at((0, rows.start, columns.start))
         pixels = part.inside
         return decoder.run(latents, options, pixels.over(start, pixels.time.stop), pace, noise, plan.backend)
 

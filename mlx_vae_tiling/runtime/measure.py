@@ -14,7 +14,7 @@ from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.convolution_gpu import fold
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
-from mlx_vae_tiling.vae.regions import Region
+from mlx_vae_tiling.vae.regions import Convolution, Region
 from mlx_vae_tiling.vae.schedule import Step, frames_per_latent, regions_of
 
 ERROR_SIDE = 68
@@ -60,7 +60,7 @@ def work_of(steps: Sequence[Step], output: Region, latent_frames: int) -> list[W
     """
     found: dict[Level, Work] = {}
     for step, region, scale in zip(steps, regions_of(steps, output), frames_per_latent(steps), strict=True):
-        if not step.operations:
+        if not step.operations or not isinstance(step.reads[0].need, Convolution):
             continue
         channels = step.operations // (54 * step.channels), step.channels
         level = Level(region.height.length, region.width.length, *channels)

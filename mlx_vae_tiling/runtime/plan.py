@@ -23,6 +23,7 @@ class DecodePlan:
         config: Of the decoder that it is for.
         dtype: Of the decoder's weights.
         causal: Whether it decodes causally.
+        inference_steps: Denoising steps of a diffusion decoder.
         backend: What it runs on.
         output: The region of the output that is decoded.
         parts: What is decoded one after the other, each over all frames.
@@ -44,6 +45,7 @@ class DecodePlan:
     config: Config
     dtype: str
     causal: bool
+    inference_steps: int
     backend: Backend
     output: Region
     parts: tuple[Part, ...]
@@ -105,6 +107,7 @@ class DecodePlan:
             ("a decoder of another architecture", self.config, decoder.config),
             (f"{self.dtype} weights", self.dtype, str(decoder.dtype).removeprefix("mlx.core.")),
             (f"causal={self.causal}", self.causal, options.causal),
+            (f"{self.inference_steps} inference steps", self.inference_steps, options.inference_steps),
         ):
             if planned != given:
                 raise ValueError(f"the plan is for {name}, got {given}; plan this decode anew")

@@ -19,8 +19,8 @@ from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import blending_bytes, plan_tiles
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.build import build_decoder
+from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Region, Span, Window
 
 ARRAY_ELEMENTS = 2**31
@@ -37,7 +37,7 @@ MOST_WINDOWS = 64
 
 
 def plan_decode(
-    decoder: StreamingDecoder | DecoderConfig,
+    decoder: StreamingDecoder | AnyConfig,
     latent_shape: tuple[int, ...],
     *,
     memory_limit: int | float | str | None = None,
@@ -46,6 +46,7 @@ def plan_decode(
     tiling: TilingConfig | int | None = None,
     window: Window | None = None,
     causal: bool | None = None,
+    num_inference_steps: int | None = None,
     parts: tuple[Part, ...] | None = None,
     chunk: tuple[int, int | None] | None = None,
     no_tune: bool = False,
@@ -62,6 +63,7 @@ def plan_decode(
             receptive field for windows that see this many latents around them, and no more.
         window: The part of the output that is wanted; None for all of it.
         causal: Overrides the config's.
+        num_inference_steps: Of a diffusion decoder; None for its config's.
         parts: Those of an earlier plan for the same window, to be kept.
         chunk: Latent frames per step and the bound on the frames of a layer, in place of the largest
             useful ones that fit.
@@ -73,15 +75,16 @@ def plan_decode(
     Raises:
         ValueError: If the shape or the limit makes no sense.
     """
-    if isinstance(decoder, DecoderConfig):
-        decoder, dtype = VideoDecoder(decoder), dtype or mx.bfloat16
+    if not isinstance(decoder, StreamingDecoder):
+        decoder, dtype = build_decoder(decoder), dtype or mx.bfloat16
     channels = decoder.config.latent_channels
     if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
         raise ValueError(
             f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
         )
     dtype = parse_dtype(dtype or decoder.dtype)
-    model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), causal)
+    options = decoder.options(causal=causal, num_inference_steps=num_inference_steps)
+    model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), options)
     budget = memory_budget(memory_limit)
     wanted = (window or Window()).region(*decoder.output_shape(latent_shape)[2:])
     if isinstance(tiling, TilingConfig):
@@ -90,7 +93,7 @@ def plan_decode(
                 f"blended tiles decode all of the output, got the window {window}; crop its frames"
             )
         # Tiles are blended in float32.
-        model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, causal, mx.float32)
+        model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
@@ -101,7 +104,7 @@ def plan_decode(
     tuned = tuned_backend(model.backend, model.steps, everything, dtype)
     if tuned == model.backend:
         return plan
-    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, causal)
+    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, options)
     better = _plan_exact(model, wanted, budget, tiling, parts, chunk)
     # A faster form that takes so much memory that halos are repeated is none.
     return better if better.fits and len(better.parts) <= len(plan.parts) else plan
@@ -263,6 +266,7 @@ def _assemble(
         config=model.decoder.config,
         dtype=str(model.dtype).removeprefix("mlx.core."),
         causal=model.options.causal,
+        inference_steps=model.options.inference_steps,
         backend=model.backend,
         output=wanted,
         parts=parts,
@@ -276,5 +280,5 @@ def _assemble(
         operations=operations,
         recompute=operations / at_once,
         limited_by=limited_by,
-        latents_to_first_frame=model.latents_before(first).time.length,
+        latents_to_first_frame=min(model.latents_before(first).time.length, model.latent_shape[2]),
     )

@@ -18,7 +18,7 @@ from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.store import FrameStore, fingerprint_of, finished_share, open_store
+from mlx_vae_tiling.runtime.store import FrameStore, fingerprint_of, finished_share, hash_of, open_store
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window
@@ -69,6 +69,8 @@ def decode_frames(
     noise_scale: float | None = None,
     seed: int = 0,
     normalized: bool = True,
+    noise: mx.array | None = None,
+    num_inference_steps: int | None = None,
     bits: int = 8,
     progress: bool = False,
 ) -> Iterator[Frames]:
@@ -87,6 +89,8 @@ def decode_frames(
         window: The part of the output that is wanted; None for all of it.
         causal, timestep, noise_scale, seed, normalized: As `VideoDecoder.stream`; a plan is for one
             value of causal, which is then the default.
+        noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
+        num_inference_steps: Of a diffusion decoder; None for its config's.
         bits: 8 for uint8, 16 for uint16 frames.
         progress: Shows a progress bar on stderr.
 
@@ -98,9 +102,9 @@ def decode_frames(
         ArithmeticError: If frames are not finite, or constant, also the second time.
     """
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
-    options |= {"seed": seed, "normalized": normalized}
+    options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning)
+    job = _job(decoder, latents, bits, plan, options, planning, noise)
     return _with_progress(job, None, progress)
 
 
@@ -122,6 +126,8 @@ def decode_to_file(
     noise_scale: float | None = None,
     seed: int = 0,
     normalized: bool = True,
+    noise: mx.array | None = None,
+    num_inference_steps: int | None = None,
     progress: bool = False,
 ) -> DecodeReport:
     """Decodes latents to a video, an image sequence or an array on disk.
@@ -137,8 +143,8 @@ def decode_to_file(
         fps: Frames per second of a video, also "24000/1001".
         resume: Continues an earlier decode of the same latents, weights and settings, if there is one.
         codec, quality: As `media.video.open_video`.
-        memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, progress: As
-            `decode_frames`.
+        memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, noise,
+            num_inference_steps, progress: As `decode_frames`.
 
     Returns:
         What was done. Its `str()` is one line.
@@ -151,12 +157,14 @@ def decode_to_file(
     began = time.perf_counter()
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
-    options |= {"seed": seed, "normalized": normalized}
+    options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning)
+    job = _job(decoder, latents, bits, plan, options, planning, noise)
     writer = open_video(path, fps=fps, codec=codec, quality=quality)
     folder = _store_folder(path)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
+    if noise is not None:
+        settings["noise"] = hash_of(noise).hex()
     fingerprint = fingerprint_of(decoder, latents, **settings)
     # An array takes as much again as the frames that are kept.
     copies = 2 if os.fspath(path).lower().endswith(".npy") else 1
@@ -191,10 +199,15 @@ def _job(
     plan: DecodePlan | None,
     options: dict[str, Any],
     planning: dict[str, Any],
+    noise: mx.array | None,
 ) -> Job:
     if plan is not None and options["causal"] is None:
         options["causal"] = plan.causal
-    job = Job.prepare(decoder, latents, decoder.options(**options), f"uint{bits}", plan, **planning)
+    if plan is not None and options["num_inference_steps"] is None:
+        options["num_inference_steps"] = plan.inference_steps
+    job = Job.prepare(
+        decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning
+    )
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"

@@ -155,9 +155,9 @@ def fingerprint_of(decoder: StreamingDecoder, latents: mx.array, **settings: obj
     """Hashes of what decides the frames of a decode, by name."""
     weights = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(decoder.parameters())).items()):
-        weights.update(name.encode() + _hash(value))
+        weights.update(name.encode() + hash_of(value))
     return {
-        "latents": _hash(latents).hex(),
+        "latents": hash_of(latents).hex(),
         "latent dtype": str(latents.dtype),
         "weights": weights.hexdigest(),
         "config": repr(decoder.config),
@@ -165,7 +165,8 @@ def fingerprint_of(decoder: StreamingDecoder, latents: mx.array, **settings: obj
     }
 
 
-def _hash(array: mx.array) -> bytes:
+def hash_of(array: mx.array) -> bytes:
+    """Of its values."""
     data: Any = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
     return hashlib.sha256(data).digest()
 

@@ -41,7 +41,8 @@ class DecodingArgs:
         output_type: "latent" passes the latents through; anything else decodes them.
         vae_cpu_offload: True frees the VAE after `forward`; the next one loads it again.
         model_loaded: Whether "vae" is loaded; by default, whether the stage has one.
-        model_paths: Under "vae", what `load_decoder` loads the VAE from.
+        model_paths: Under "vae", what `load_decoder` loads the VAE from; under "preview", a tiny decoder
+            that decodes the steps of trajectories in its place.
         enable_stage_verification: Whether calling the stage verifies its input and output.
         memory_limit: Bytes, or a string such as "8GB", for a planned decode and the frames it
             returns; by default 70 % of what is available.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlx_vae_tiling.stage.arguments import (
 )
 from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, describe, without_nan
 from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.tiny import TinyDecoder
 
 
 class DecodingStage:
@@ -166,9 +168,11 @@ class DecodingStage:
                 f"trajectory_timesteps must have one entry for each of {steps} steps, got {len(timesteps)}"
             )
         batch.trajectory_decoded = []
+        preview = option(args, "model_paths", DecodingArgs).get("preview")
+        stage = self if preview is None else DecodingStage(_tiny_decoder(preview))
         for step in range(steps):
             try:
-                batch.trajectory_decoded.append(np.array(self.decode(trajectory[:, step], args)))
+                batch.trajectory_decoded.append(np.array(stage.decode(trajectory[:, step], args)))
             except Exception as error:
                 kind = ValueError if isinstance(error, ValueError) else RuntimeError
                 timestep = "" if timesteps is None else f" (timestep {timesteps[step]})"
@@ -202,6 +206,13 @@ class DecodingStage:
             modules.pop("vae", None)
         option(args, "model_loaded", DecodingArgs)["vae"] = False
         mx.clear_cache()
+
+
+def _tiny_decoder(source: str | os.PathLike[str]) -> TinyDecoder:
+    decoder = load_decoder(source)
+    if not isinstance(decoder, TinyDecoder):
+        raise ValueError(f"args.model_paths['preview'] must be a tiny decoder (TAEHV), and {source} is none")
+    return decoder
 
 
 def _unscaled(latents: mx.array, vae: Any) -> mx.array:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.backend_layers import CPULayerBackend, LayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
 from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
@@ -79,7 +80,7 @@ class ConvolutionSize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(LayerBackend):
     """Computes lazily and starts the computation of each step without waiting for it, as suits a GPU.
 
     Args:
@@ -224,7 +225,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class CPUBackend(Backend):
+class CPUBackend(CPULayerBackend, Backend):
     """Computes at once, step by step and frame by frame, so that the peak is small and always the same.
 
     Args:

@@ -67,6 +67,7 @@ class StreamingDecoder(WeightedModule):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
+        num_inference_steps: int | None = None,
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not.
 
@@ -99,6 +100,18 @@ class StreamingDecoder(WeightedModule):
                 f"timestep must be one number or one per batch entry ({len(latents)}), "
                 f"got {len(options.timestep)}"
             )
+
+    def noise(
+        self, latent_shape: tuple[int, ...], options: DecodeOptions, given: Noise | mx.array | None = None
+    ) -> Noise:
+        """The noise of a decode: what is given, or that of the options' seed.
+
+        Raises:
+            ValueError: If an array is given and the decoder has no use for one.
+        """
+        if isinstance(given, mx.array):
+            raise ValueError("noise as an array is for diffusion decoders; this one takes a seed")
+        return given or Noise(options.seed, (latent_shape[3], latent_shape[4]))
 
     def output_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
         """(B, 3, frames, height, width) of the decode of latents of this shape."""
@@ -157,7 +170,8 @@ class StreamingDecoder(WeightedModule):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
-        noise: Noise | None = None,
+        noise: Noise | mx.array | None = None,
+        num_inference_steps: int | None = None,
         max_chunk_frames: int | None = None,
         backend: Backend | str | None = None,
     ) -> Iterator[mx.array]:
@@ -176,7 +190,8 @@ class StreamingDecoder(WeightedModule):
             seed: Of the noise, which is drawn for the whole video whatever the window.
             normalized: False for latents that were already multiplied by the channels' standard
                 deviation and shifted by their mean, as diffusers' LTX-2 pipelines return them.
-            noise: Replaces the noise of the seed.
+            noise: Replaces the noise of the seed; for a diffusion decoder also an array of the frames' shape.
+            num_inference_steps: Of a diffusion decoder; None for its config's.
             max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
             backend: "cpu", "metal", "cuda" or a `Backend`: the policy to run by, by default that of the
                 default device.
@@ -188,9 +203,15 @@ class StreamingDecoder(WeightedModule):
             ValueError: If latents, window or options do not fit the decoder.
         """
         options = self.options(
-            causal=causal, timestep=timestep, noise_scale=noise_scale, seed=seed, normalized=normalized
+            causal=causal,
+            timestep=timestep,
+            noise_scale=noise_scale,
+            seed=seed,
+            normalized=normalized,
+            num_inference_steps=num_inference_steps,
         )
         self.check(latents, options)
+        noise = self.noise(latents.shape, options, noise)
         pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
         pace = Pace(latent_frames_per_step, max_chunk_frames)
         return self.run(latents, options, pixels, pace, noise, backend)
@@ -234,7 +255,7 @@ class StreamingDecoder(WeightedModule):
         """A stream that nothing was computed of yet; as `run`."""
         steps = self.steps(options, latents.dtype)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
-        noise = noise or Noise(options.seed, (latents.shape[3], latents.shape[4]))
+        noise = self.noise(latents.shape, options, noise)
         return Stream(steps, regions, latents, self.dtype, self.policy(backend).opened(), noise)
 
     def policy(self, backend: Backend | str | None = None) -> Backend:
@@ -291,14 +312,15 @@ class StreamingDecoder(WeightedModule):
         tiling_config: TilingConfig | None,
         backend: Backend | str | None = None,
         debug: bool = False,
+        noise: Noise | None = None,
     ) -> Iterator[mx.array]:
         """`stream_tiled` with everything resolved and checked."""
         mx.eval(latents, self.parameters())
-        noise = Noise(options.seed, (latents.shape[3], latents.shape[4]))
+        whole = self.noise(latents.shape, options, noise)
 
         def decode(tile: mx.array, position: tuple[int, int, int]) -> mx.array:
             # In float32, in which tiles are blended.
-            return self.decode_whole(tile.astype(mx.float32), options, noise.at(position), backend)
+            return self.decode_whole(tile.astype(mx.float32), options, whole.at(position), backend)
 
         scales = self.config.spatial_scale, self.config.temporal_scale
         return iter_decode_with_tiling(decode, latents, tiling_config, *scales, debug=debug)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from mlx_vae_tiling.vae.blocks import (
@@ -96,8 +96,12 @@ class DecoderConfig:
             )
         if self.norm_layer != "pixel_norm":
             raise ValueError(f"norm_layer must be 'pixel_norm', got {self.norm_layer!r}")
+        made = self.bottleneck_channels
         for index, (block, width) in enumerate(self.blocks()):
             _check_block(index, block, width)
+            made = block.after(width)
+        if made != self.base_channels:
+            raise ValueError(f"decoder_blocks must end with base_channels ({self.base_channels}), got {made}")
         widest = max(self.bottleneck_channels, self.latent_channels, self.out_channels * self.patch_size**2)
         if widest > MOST_CHANNELS:
             raise ValueError(f"a layer must have at most {MOST_CHANNELS} channels, got {widest}")
@@ -159,7 +163,7 @@ class DecoderConfig:
         width = self.bottleneck_channels
         for block in self.decoder_blocks:
             yield block, width
-            width //= 1 if isinstance(block, ResBlocks) else block.multiplier
+            width = block.after(width)
 
     def layers(self) -> Iterator[Layer]:
         """Every 3x3x3 convolution, in decode order."""
@@ -168,7 +172,7 @@ class DecoderConfig:
             if isinstance(block, ResBlocks):
                 yield from [Layer(width, width)] * (2 * block.num_layers)
             elif isinstance(block, ResBlockNarrowing):
-                narrow = width // block.multiplier
+                narrow = block.after(width)
                 yield from (Layer(width, narrow), Layer(narrow, narrow))
             else:
                 yield Layer(width, width * math.prod(block.stride) // block.multiplier, block.stride)
@@ -177,8 +181,20 @@ class DecoderConfig:
     @property
     def bottleneck_channels(self) -> int:
         """Channels after `conv_in`."""
-        multipliers = (b.multiplier for b in self.decoder_blocks if not isinstance(b, ResBlocks))
-        return self.base_channels * math.prod(multipliers)
+        width = self.base_channels
+        for block in reversed(self.decoder_blocks):
+            width = block.before(width)
+        return width
+
+    def narrowed(self, widths: Mapping[int, tuple[int, int]]) -> DecoderConfig:
+        """The config with these channels before and after its narrowing blocks, by their numbers."""
+        blocks = [
+            ResBlockNarrowing.between(*widths[number])
+            if isinstance(block, ResBlockNarrowing) and number in widths
+            else block
+            for number, block in enumerate(self.decoder_blocks)
+        ]
+        return replace(self, decoder_blocks=tuple(blocks))
 
     @property
     def spatial_scale(self) -> int:
@@ -211,7 +227,7 @@ class DecoderConfig:
         )
         for block, width in self.blocks():
             if isinstance(block, ResBlockNarrowing):
-                narrow = width // block.multiplier
+                narrow = block.after(width)
                 count += 2 * width + width * narrow + narrow
             elif isinstance(block, ResBlocks):
                 count += 2 * width * block.num_layers * block.inject_noise
@@ -233,6 +249,12 @@ class DecoderConfig:
 
 def _check_block(index: int, block: Block, width: int) -> None:
     where = f"decoder_blocks[{index}]"
+    if isinstance(block, ResBlockNarrowing) and block.widths:
+        if block.widths[0] != width or min(block.widths) < 1:
+            raise ValueError(
+                f"{where}: widths must begin with the {width} channels received, got {block.widths}"
+            )
+        return
     if isinstance(block, ResBlocks):
         _check_range(f"{where}: num_layers", block.num_layers, MOST_LAYERS)
         return

@@ -87,11 +87,6 @@ def read_shapes(
 
 
 def check_class(name: str) -> None:
-    if name in ("CausalDiffusionVAE", "LTX2VideoDiffusionDecoderModel"):
-        raise ValueError(
-            f"diffusion decoders are not supported, got {name}; LTX-2.5's convolutional file "
-            "ltx-2.5-video-vae-conv-bf16.safetensors decodes the same latents"
-        )
     if name != "CausalVideoAutoencoder":
         raise ValueError(f"the VAE must be a CausalVideoAutoencoder, got {name}: not an LTX video VAE")
 
@@ -102,6 +97,8 @@ def _parse_block(name: str, options: int | Mapping[str, Any]) -> Block:
     if name == "res_x":
         return ResBlocks(int(given["num_layers"]), bool(given.get("inject_noise", False)))
     if name == "res_x_y":
+        if "in_channels" in given and "out_channels" in given:
+            return ResBlockNarrowing.between(int(given["in_channels"]), int(given["out_channels"]))
         return ResBlockNarrowing(int(given.get("multiplier", 2)))
     if name in STRIDES:
         return Upsample(STRIDES[name], int(given.get("multiplier", 1)), bool(given.get("residual", False)))
@@ -169,9 +166,9 @@ def _parse_diffusers_blocks(values: Mapping[str, Any]) -> tuple[tuple[Block, ...
     blocks: list[Block] = [ResBlocks(layers[0], bool(noise[0]))]
     width = widths[0]
     for index, published_width in enumerate(widths):
-        received, width = width // factors[index], published_width // factors[index]
-        if received != width:
-            blocks.append(ResBlockNarrowing(received // width))
+        if width != published_width:
+            blocks.append(ResBlockNarrowing.between(width, published_width))
+        width = published_width // factors[index]
         if scaling[index]:
             stride = _DIFFUSERS_STRIDES[kinds[index]]
             blocks.append(Upsample(stride, factors[index], bool(residual[index])))
@@ -203,7 +200,7 @@ def _infer_blocks(shapes: Mapping[str, Sequence[int]], base_channels: int) -> li
         out, received = _channels(shapes, f"{prefix}{'conv1' if narrows else 'conv'}.conv.weight")
         strides = {math.prod(stride): stride for stride in STRIDES.values()}
         if narrows:
-            blocks.append(ResBlockNarrowing(received // out))
+            blocks.append(ResBlockNarrowing.between(received, out))
         elif out % width or received % width or out // width not in strides:
             raise ValueError(
                 f"{prefix}conv maps {received} to {out} channels before a width of {width}: no LTX upsampler"

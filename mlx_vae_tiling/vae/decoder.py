@@ -69,7 +69,7 @@ class VideoDecoder(StreamingDecoder):
                 self.up_blocks.append(UNetMidBlock3D(width, block, padding, conditioned, fields, scale))
                 fields += 2 * block.num_layers * block.inject_noise
             elif isinstance(block, ResBlockNarrowing):
-                self.up_blocks.append(ResnetBlock3D(width, width // block.multiplier, padding))
+                self.up_blocks.append(ResnetBlock3D(width, block.after(width), padding))
             else:
                 self.up_blocks.append(DepthToSpaceUpsample(width, block, padding))
                 scale *= block.stride[1]
@@ -93,8 +93,13 @@ class VideoDecoder(StreamingDecoder):
         noise_scale: float | None = None,
         seed: int = 0,
         normalized: bool = True,
+        num_inference_steps: int | None = None,
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not."""
+        if num_inference_steps not in (None, 1):
+            raise ValueError(
+                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
+            )
         conditioned = self.config.timestep_conditioning
         given: Any = self.decode_timestep if timestep is None else timestep
         steps: Any = mx.array(given, mx.float32).reshape(-1).tolist()

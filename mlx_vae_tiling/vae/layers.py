@@ -109,12 +109,16 @@ class TimestepEmbedding(nn.Module):
 
     def __call__(self, timestep: mx.array) -> mx.array:
         """(B,) scaled timesteps to (B, dimension)."""
-        half = TIMESTEP_FEATURES // 2
-        frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
-        angles = timestep.astype(mx.float32)[:, None] * frequencies
-        features = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=1)
         mlp = self.timestep_embedder
-        return mlp.linear_2(nn.silu(mlp.linear_1(features.astype(mlp.linear_1.weight.dtype))))
+        return mlp.linear_2(nn.silu(mlp.linear_1(sinusoid(timestep).astype(mlp.linear_1.weight.dtype))))
+
+
+def sinusoid(timestep: mx.array) -> mx.array:
+    """(B,) scaled timesteps to (B, 256) in float32."""
+    half = TIMESTEP_FEATURES // 2
+    frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
+    angles = timestep.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=1)
 
 
 def modulations(embedding: mx.array, table: mx.array) -> list[mx.array]:

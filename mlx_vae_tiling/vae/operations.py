@@ -129,6 +129,14 @@ def unpatchify(x: mx.array, patch_size: int) -> mx.array:
     return x.reshape(b, -1, frames, height * p, width * p)
 
 
+def patchify(x: mx.array, patch_size: int) -> mx.array:
+    """The inverse of `unpatchify`."""
+    b, channels, frames, height, width = x.shape
+    p = patch_size
+    x = x.reshape(b, channels, frames, height // p, p, width // p, p).transpose(0, 2, 3, 5, 1, 6, 4)
+    return x.reshape(b, frames, height // p, width // p, channels * p * p)
+
+
 def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
     """A part of an array, by axis, as a copy that does not keep the rest alive; all of it as it is."""
     narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ class DecodeOptions:
         noise_scale: Share of noise in the latents; 0 for versions without timestep conditioning.
         seed: Of all noise.
         normalized: Whether the latents are normalised per channel.
+        inference_steps: Denoising steps of a diffusion decoder.
     """
 
     causal: bool
@@ -26,12 +27,15 @@ class DecodeOptions:
     noise_scale: float
     seed: int
     normalized: bool
+    inference_steps: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_scale <= 1:
             raise ValueError(f"noise_scale must lie between 0 and 1, got {self.noise_scale}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
+        if self.inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.inference_steps}")
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,13 @@ class Noise:
         seed: Of all fields.
         size: Height and width of the whole video's latents.
         origin: Frame, row and column of the whole video's latents at which positions are counted from.
+        given: (B, 3, frames, height, width), which replaces the drawn noise of pixels.
     """
 
     seed: int
     size: tuple[int, int]
     origin: tuple[int, int, int] = (0, 0, 0)
+    given: mx.array | None = field(default=None, compare=False)
 
     def at(self, origin: tuple[int, int, int]) -> Noise:
         """The same noise, for positions that are counted from these latents."""
@@ -81,3 +87,48 @@ class Noise:
             top + region.height.start : top + region.height.stop,
             left + region.width.start : left + region.width.stop,
         ]
+
+    def pixels(self, region: Region, batch: int, channels: int, scales: tuple[int, int]) -> mx.array:
+        """The noise of a region of the frames: (batch, channels, f, h, w), drawn by the frame in float32.
+
+        Args:
+            region: Of the frames.
+            batch, channels: Of the frames.
+            scales: Frames, and pixels along height and width, per latent.
+        """
+        time, side = scales
+        first, top, left = (n * scale for n, scale in zip(self.origin, (time, side, side), strict=True))
+        frames = range(first + region.time.start, first + region.time.stop)
+        rows = slice(top + region.height.start, top + region.height.stop)
+        columns = slice(left + region.width.start, left + region.width.stop)
+        if self.given is not None:
+            return self._given(frames, rows, columns)
+        # A clip that is padded is larger than its latents say.
+        size = (
+            max(self.size[0] * side, top + region.height.size),
+            max(self.size[1] * side, left + region.width.size),
+        )
+        base = mx.random.split(mx.random.key(self.seed))[1]
+        drawn = []
+        for frame in frames:
+            key = mx.random.split(base ^ mx.array([1, frame], mx.uint32))[0]
+            whole = mx.random.normal((batch, channels, *size), key=key)
+            drawn.append(mx.contiguous(whole[..., rows, columns]))
+            mx.eval(drawn[-1])
+        return mx.stack(drawn, axis=2)
+
+    def _given(self, frames: range, rows: slice, columns: slice) -> mx.array:
+        """A part of the array, whose borders are repeated beyond them, as those of a padded tile are."""
+        assert self.given is not None
+        part = self.given
+        for axis, (start, stop) in enumerate(
+            ((frames.start, frames.stop), (rows.start, rows.stop), (columns.start, columns.stop)), start=2
+        ):
+            size = part.shape[axis]
+            if stop <= size:
+                bounds = [slice(None)] * part.ndim
+                bounds[axis] = slice(start, stop)
+                part = part[tuple(bounds)]
+            else:
+                part = mx.take(part, mx.array([min(i, size - 1) for i in range(start, stop)]), axis=axis)
+        return part

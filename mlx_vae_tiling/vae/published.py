@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from mlx_vae_tiling.vae.blocks import STRIDES, Block, ResBlockNarrowing, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
+from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
+
+AnyConfig = DecoderConfig | DiffusionDecoderConfig | TinyDecoderConfig
+"""The architecture of a decoder of any kind."""
 
 
 class Published(NamedTuple):
@@ -15,11 +21,13 @@ class Published(NamedTuple):
         name: What Python and the command line call it, such as "ltx-2.3".
         title: What people call it: the models whose latents it decodes.
         config: Its architecture.
+        other_names: Those of other releases with the same architecture.
     """
 
     name: str
     title: str
-    config: DecoderConfig
+    config: AnyConfig
+    other_names: tuple[str, ...] = ()
 
 
 _UP = Upsample(STRIDES["compress_all"])
@@ -45,6 +53,11 @@ _BLOCKS_23 = (
     *(ResBlocks(4), Upsample(STRIDES["compress_time"], 2)),
     *(ResBlocks(6), Upsample(STRIDES["compress_space"], 2), ResBlocks(4)),
 )
+_BLOCKS_PRUNA = (
+    *_BLOCKS_23[:3],
+    *(ResBlockNarrowing.between(512, 384), *_BLOCKS_23[3:5]),
+    *(ResBlockNarrowing.between(384, 256), *_BLOCKS_23[5:]),
+)
 
 _VERSIONS = (
     Published("ltx-0.9.0", "LTX-Video 0.9.0", DecoderConfig(_BLOCKS_090)),
@@ -59,10 +72,21 @@ _VERSIONS = (
         DecoderConfig(_residual(5, 5, 5, 5), timestep_conditioning=True),
     ),
     Published("ltx-2", "LTX-2", DecoderConfig(_residual(5, 5, 5, 5), spatial_padding_mode="reflect")),
-    Published("ltx-2.3", "LTX-2.3 / 2.5", DecoderConfig(_BLOCKS_23)),
+    Published("ltx-2.3", "LTX-2.3 / 2.5", DecoderConfig(_BLOCKS_23), ("ltx-2.5-conv",)),
+    Published("ltx-2.3-pruna", "LTX-2.3 pruned (PrunaVAED)", DecoderConfig(_BLOCKS_PRUNA, base_channels=64)),
+    Published("ltx-2.5", "LTX-2.5 diffusion", DiffusionDecoderConfig()),
+    Published("taeltx2_3", "LTX-2 / 2.3 / 2.5 tiny (TAEHV)", TinyDecoderConfig(), ("taeltx_2",)),
+    Published(
+        "taeltx2_3_wide",
+        "LTX-2.3 / 2.5 tiny, wide (TAEHV)",
+        TinyDecoderConfig((1024, 512, 256, 64), wide=True),
+    ),
 )
 PUBLISHED = {version.name: version for version in _VERSIONS}
 """The versions by name."""
+
+NAMES = {name: version for version in _VERSIONS for name in (version.name, *version.other_names)}
+"""The versions by every name that Python and the command line take."""
 
 
 def published_version(name: str) -> Published:
@@ -71,18 +95,30 @@ def published_version(name: str) -> Published:
     Raises:
         ValueError: If there is none.
     """
-    for version in PUBLISHED.values():
-        if name in (version.name, version.title):
+    for key, version in NAMES.items():
+        if name in (key, version.title):
             return version
-    raise ValueError(f"config by name must be one of {', '.join(map(repr, PUBLISHED))}, got {name!r}")
+    raise ValueError(f"config by name must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 
 
-def version_of(config: DecoderConfig) -> Published | None:
-    """The published version with these blocks and conditioning, whatever the widths; None if none has."""
-    for version in PUBLISHED.values():
-        if (config.decoder_blocks, config.timestep_conditioning) == (
-            version.config.decoder_blocks,
-            version.config.timestep_conditioning,
-        ):
+def version_of(config: AnyConfig) -> Published | None:
+    """The published version of this structure, whatever the widths; None if none has it."""
+    for version in _VERSIONS:
+        if _structure(config) == _structure(version.config):
             return version
     return None
+
+
+def _structure(config: AnyConfig) -> tuple[object, ...]:
+    """What tells versions apart."""
+    if isinstance(config, DiffusionDecoderConfig):
+        return config.stage_kernels, config.upsamples
+    if isinstance(config, TinyDecoderConfig):
+        return ("tiny", config.wide)
+    blocks = (
+        ("narrowing", Fraction(*block.widths) if block.widths else Fraction(block.multiplier))
+        if isinstance(block, ResBlockNarrowing)
+        else block
+        for block in config.decoder_blocks
+    )
+    return tuple(blocks), config.timestep_conditioning

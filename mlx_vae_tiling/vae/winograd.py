@@ -265,12 +265,14 @@ class _Pass:
         return [min(TILE_HEIGHT * i, self.out.shape[1] - TILE_HEIGHT) for i in range(*block)]
 
     def _transform_frame(self, t: int, slot: int, block: tuple[int, int], buffers: _Buffers) -> None:
-        """Rows of tiles, which see six rows each; an odd width sees a column of zeros."""
+        """Rows of tiles, which see six rows each; an odd width ends in an undefined column.
+
+        Of that column makes use only what lies beyond the frame.
+        """
         tops = self._tops(block)
         read = self.rows.read(t, tops[0], tops[-1] + TILE_HEIGHT + 2, buffers.read, buffers.scratch)
         _, width, channels = read.shape
         filtered = buffers.filtered
-        filtered[:, width:] = 0
         flat = filtered.reshape(TILE_HEIGHT + 2, -1)[:, : width * channels]
         slots = buffers.transformed.shape[-2]
         v = _part(buffers.transformed, (6, 4, len(tops), self.columns, slots, channels))[..., slot, :]

@@ -1,0 +1,18 @@
+"""The decoder of a config, whatever its kind."""
+
+from __future__ import annotations
+
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.diffusion import DiffusionDecoder
+from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
+from mlx_vae_tiling.vae.published import AnyConfig
+from mlx_vae_tiling.vae.tiny import TinyDecoder
+
+
+def build_decoder(config: AnyConfig) -> StreamingDecoder:
+    """A decoder of this architecture, without weights."""
+    if isinstance(config, DecoderConfig):
+        return VideoDecoder(config)
+    return DiffusionDecoder(config) if isinstance(config, DiffusionDecoderConfig) else TinyDecoder(config)

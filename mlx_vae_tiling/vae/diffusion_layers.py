@@ -1,0 +1,102 @@
+"""What a diffusion decoder is made of beside its attention blocks: attribute names are the checkpoints'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
+from mlx_vae_tiling.vae.diffusion_config import MODULATIONS
+from mlx_vae_tiling.vae.layers import sinusoid
+from mlx_vae_tiling.vae.operations import cut, depth_to_space
+from mlx_vae_tiling.vae.regions import Need, Region, Stride, Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
+
+Inputs = Sequence[mx.array]
+
+
+class PixelShuffle(nn.Module):
+    """A linear layer to more channels, which then become positions; the first frame of all is dropped."""
+
+    def __init__(self, channels: int, stride: Stride, divisor: int):
+        super().__init__()
+        self._stride, self._positions = stride, math.prod(stride)
+        self._out = channels * self._positions // divisor
+        self.proj = nn.Linear(channels, self._out)
+        self._operations = 2 * channels * self._out // self._positions
+
+    def step(self, producer: int) -> Step:
+        need = Upsampling(self._stride)
+        return Step(
+            self._shuffled,
+            self._taken,
+            (Read(producer, need),),
+            self._out // self._positions,
+            self._operations,
+        )
+
+    def _shuffled(self, inputs: Inputs, where: Where) -> mx.array:
+        y = where.backend.computed(depth_to_space(where.backend.computed(self.proj(inputs[0])), self._stride))
+        return cut(y, upsampled_part(where.inputs[0], where.output, self._stride))
+
+    def _taken(self, where: Where) -> Taken:
+        made = where.batch * where.inputs[0].volume * self._out
+        kept = where.batch * where.output.volume * self._out // self._positions
+        return Taken((2 * made + kept * (kept < made)) * where.dtype.size, made)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then two linear layers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mlp = [nn.Linear(TIMESTEP_FEATURES, channels), nn.SiLU(), nn.Linear(channels, channels)]
+
+    def __call__(self, timestep: float) -> mx.array:
+        """A scaled timestep to (channels,)."""
+        first, activation, last = self.mlp
+        features = sinusoid(mx.array([timestep], mx.float32))[0].astype(first.weight.dtype)
+        return last(activation(first(features)))
+
+
+class SharedModulation(nn.Module):
+    """The embedded timestep to seven rows of modulations, common to all blocks."""
+
+    def __init__(self, timestep_channels: int, channels: int):
+        super().__init__()
+        self.proj = nn.Linear(timestep_channels, MODULATIONS * channels)
+
+    def __call__(self, embedding: mx.array) -> mx.array:
+        return self.proj(nn.silu(embedding)).reshape(MODULATIONS, -1)
+
+
+class LinearStep:
+    """A step that maps each position by a layer."""
+
+    def __init__(self, layer: Callable[[mx.array], mx.array], in_channels: int, out_channels: int):
+        self._layer, self._in, self._out = layer, in_channels, out_channels
+
+    def step(self, producer: int, need: Need) -> Step:
+        reads = (Read(producer, need),)
+        return Step(self._compute, self._taken, reads, self._out, 2 * self._in * self._out)
+
+    def _compute(self, inputs: Inputs, where: Where) -> mx.array:
+        return self._layer(inputs[0])
+
+    def _taken(self, where: Where) -> Taken:
+        positions = where.batch * where.output.volume
+        made = positions * self._out
+        return Taken((made + positions * self._in) * where.dtype.size, made)
+
+
+def upsampled_part(coarse: Region, fine: Region, stride: Stride) -> dict[int, slice]:
+    """Where `fine` lies, by axis of an array, in what upsampling `coarse` by the stride makes."""
+    parts = {}
+    for axis, (before, after, factor) in enumerate(zip(coarse, fine, stride, strict=True), start=1):
+        origin = before.start * factor - (factor - 1 if axis == 1 else 0)
+        parts[axis] = slice(after.start - origin, after.stop - origin)
+    return parts

@@ -1,0 +1,147 @@
+"""`TinyDecoder`: the tiny decoders of LTX latents (TAEHV), for previews.
+
+Attribute names are those of the published files, in which the layers are numbered in the order in which they
+run; axes are channels-last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.needs import Chained, Trimmed
+from mlx_vae_tiling.vae.operations import cut
+from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.regions import Upsampling
+from mlx_vae_tiling.vae.schedule import Read, Step
+from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
+from mlx_vae_tiling.vae.tiny_layers import (
+    FrameConvolution,
+    Grow,
+    MemoryBlock,
+    WideMemoryBlock,
+    convolution_step,
+)
+
+Inputs = Sequence[mx.array]
+
+
+class TinyDecoder(StreamingDecoder):
+    """A tiny decoder of LTX latents, for previews: frames blurrier than the VAE's, many times as fast.
+
+    It takes normalised latents, and its frames are clamped to [-1, 1].
+
+    Args:
+        config: The architecture.
+    """
+
+    config: TinyDecoderConfig
+
+    def __init__(self, config: TinyDecoderConfig):
+        super().__init__()
+        self.config = config
+        widths, patch = config.widths, config.out_channels * config.patch_size**2
+        layers: list[nn.Module] = [
+            nn.Identity(),
+            FrameConvolution(config.latent_channels, widths[0]),
+            nn.ReLU(),
+        ]
+        for width, following in pairwise(widths):
+            for _ in range(config.blocks):
+                layers.append(
+                    WideMemoryBlock(width, config.groups(width)) if config.wide else MemoryBlock(width)
+                )
+            layers += [nn.Identity(), Grow(width), FrameConvolution(width, following, bias=False)]
+        self.decoder = [*layers, nn.ReLU(), FrameConvolution(widths[-1], patch)]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype in which the decoder computes: that of its weights."""
+        return self.decoder[1].weight.dtype
+
+    def init_random(self, seed: int = 0) -> TinyDecoder:
+        """Fills all parameters with seeded noise; for tests and benchmarks: the frames show nothing."""
+        key = mx.random.key(seed)
+        weights = []
+        for name, value in dict(tree_flatten(self.parameters())).items():
+            key, own = mx.random.split(key)
+            scale = 1 / math.sqrt(value.size // value.shape[0]) if value.ndim > 1 else 0.1
+            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) * scale))
+        self.load_weights(weights)
+        return self
+
+    def options(
+        self,
+        *,
+        causal: bool | None = None,
+        timestep: Timestep | None = None,
+        noise_scale: float | None = None,
+        seed: int = 0,
+        normalized: bool = True,
+        num_inference_steps: int | None = None,
+    ) -> DecodeOptions:
+        """What `stream` was told. A tiny decoder has no noise and no timestep: those do nothing.
+
+        Raises:
+            ValueError: If the latents are said not to be normalised.
+        """
+        if not normalized:
+            raise ValueError(
+                "a tiny decoder takes normalised latents, and its file has no statistics to normalise them by"
+            )
+        return DecodeOptions(True, (), 0.0, seed, True)
+
+    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+        """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
+        config = self.config
+        steps = [Step(self._prepared, self._prepared_taken, (), config.latent_channels)]
+        for layer in self.decoder[1:-1]:
+            last = len(steps) - 1
+            if isinstance(layer, (MemoryBlock, WideMemoryBlock)):
+                steps += layer.steps(last)
+            elif isinstance(layer, Grow):
+                steps.append(layer.step(last))
+            elif isinstance(layer, FrameConvolution):
+                steps.append(convolution_step(layer, last, after=nn.relu if last == 0 else None))
+        steps.append(convolution_step(self.decoder[-1], len(steps) - 1, before=nn.relu))
+        unpatched = Upsampling((1, config.patch_size, config.patch_size))
+        dtype = output_dtype or self.dtype
+        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
+        need = Chained(Trimmed(2**LEVELS - 1), unpatched)
+        steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
+        return steps
+
+    def _prepared(self, inputs: Inputs, where: Where) -> mx.array:
+        """Latents (B, C, F, H, W), softly clamped to 3, channels last."""
+        time, height, width = (span.slice for span in where.output)
+        z = inputs[0][:, :, time, height, width].astype(mx.float32)
+        return mx.contiguous((mx.tanh(z / 3) * 3).transpose(0, 2, 3, 4, 1).astype(self.dtype))
+
+    def _prepared_taken(self, where: Where) -> Taken:
+        made = where.batch * where.output.volume * self.config.latent_channels
+        return Taken(made * (2 * 4 + where.dtype.size * (where.dtype.size < 4)), made)
+
+    def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
+        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W') in [-1, 1]."""
+        p, source = self.config.patch_size, where.inputs[0]
+        b, t, h, w, _ = inputs[0].shape
+        x = mx.clip(inputs[0], 0, 1) * 2 - 1
+        # Unlike the VAE's patches: channel (c, row, column) with the column fastest.
+        x = x.reshape(b, t, h, w, -1, p, p).transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, -1, t, h * p, w * p)
+        parts = {
+            axis: slice(fine.start - coarse.start * p, fine.stop - coarse.start * p)
+            for axis, coarse, fine in zip((3, 4), source[1:], where.output[1:], strict=True)
+        }
+        return cut(x, parts).astype(dtype)
+
+    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
+        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
+        return Taken(made * (2 * where.dtype.size + dtype.size * (dtype != where.dtype)), made)

@@ -1,0 +1,259 @@
+"""The layers of the diffusion decoder: attribute names are the original checkpoints', axes channels-last.
+
+A block of a stage is two steps. The first makes keys and values, which are held as long as a later window
+reaches them; the second attends to them and runs the MLP. Both work on a few frames at a time, evaluated
+before the next, so that what a step takes hardly grows with its chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae_tiling.vae.attention import attention_calls, block_for, neighbourhood_attention
+from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.backend_layers import KEY_COPY_QUERIES, AttentionSize
+from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
+from mlx_vae_tiling.vae.regions import Attention, Region, Same, Stride
+from mlx_vae_tiling.vae.rotary import rotary_factors, rotated
+from mlx_vae_tiling.vae.schedule import Read, Step
+
+EPS = 1e-6
+Inputs = Sequence[mx.array]
+Modulation = tuple[mx.array, mx.array]
+"""What a normalised input is multiplied by, less 1, and what is added to it: (C,) each."""
+
+
+class NeighbourhoodAttention(nn.Module):
+    """Queries, keys and values of one linear layer, of which q and k are normalised by head and rotated."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.q_norm, self.k_norm = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
+        self._channels, self._head_dim = channels, head_dim
+
+    def queries(self, x: mx.array, region: Region) -> mx.array:
+        """(B, T, H, W, C) to (B, T, H, W, heads, D), scaled."""
+        q = self._projected(x, 0, 1)[..., 0, :, :]
+        return rotated(self.q_norm(q) * self._head_dim**-0.5, rotary_factors(region, self._head_dim))
+
+    def keys_and_values(self, x: mx.array, region: Region) -> mx.array:
+        """(B, T, H, W, C) to (B, T, H, W, 2, heads, D)."""
+        kv = self._projected(x, 1, 3)
+        k = rotated(self.k_norm(kv[..., 0, :, :]), rotary_factors(region, self._head_dim))
+        return mx.stack([k, kv[..., 1, :, :]], axis=-3)
+
+    def _projected(self, x: mx.array, first: int, last: int) -> mx.array:
+        rows = slice(first * self._channels, last * self._channels)
+        y = mx.addmm(self.qkv.bias[rows], x, self.qkv.weight[rows].T)
+        return y.reshape(*x.shape[:-1], last - first, -1, self._head_dim)
+
+
+class SwiGLU(nn.Module):
+    """`w_down(silu(w_gate(x)) * w_up(x))`."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.w_up = nn.Linear(channels, hidden, bias=False)
+        self.w_gate = nn.Linear(channels, hidden, bias=False)
+        self.w_down = nn.Linear(hidden, channels, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.w_down(nn.silu(self.w_gate(x)) * self.w_up(x))
+
+
+class NABlock(nn.Module):
+    """Neighbourhood attention, then an MLP, each normalised beforehand and added to its input.
+
+    Args:
+        channels: Width of the block.
+        kernel: Positions of an attention window.
+        config: Of the decoder.
+    """
+
+    def __init__(self, channels: int, kernel: Stride, config: DiffusionDecoderConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(channels, EPS), nn.RMSNorm(channels, EPS)
+        self.attn = NeighbourhoodAttention(channels, config.head_dim)
+        self._hidden = config.hidden_channels(channels)
+        self.mlp = SwiGLU(channels, self._hidden)
+        self._channels, self._kernel, self._heads = channels, kernel, channels // config.head_dim
+
+    def steps(
+        self,
+        producer: int,
+        modulations: tuple[Modulation, Modulation] | None = None,
+        addend: tuple[Read, Callable[[mx.array], mx.array]] | None = None,
+    ) -> list[Step]:
+        """Keys and values, then the block.
+
+        Args:
+            producer: Number of the step that makes its input.
+            modulations: Of the attention's and of the MLP's input; None for none.
+            addend: What is read and turned into an addend of the block's output; None for nothing.
+        """
+        first, second = modulations or (None, None)
+        c = self._channels
+        attended = Read(producer + 1, Attention(self._kernel))
+        reads = (attended, Read(producer, Same()), *([addend[0]] if addend else []))
+        # Also the products that a block of queries computes because its windows differ.
+        block = block_for(self._kernel, (8, 16, 16), KEY_COPY_QUERIES)
+        attention = 4 * c * math.prod(b + k - 1 for b, k in zip(block, self._kernel, strict=True))
+        return [
+            Step(
+                partial(self._keys, modulation=first),
+                self._keys_taken,
+                (Read(producer, Same()),),
+                2 * c,
+                4 * c * c,
+            ),
+            Step(
+                partial(self._block, modulations=(first, second), add=addend and addend[1]),
+                self._block_taken,
+                reads,
+                c,
+                4 * c * c + attention + 6 * c * self._hidden + (2 * c * c if addend else 0),
+            ),
+        ]
+
+    def _keys(self, inputs: Inputs, where: Where, modulation: Modulation | None) -> mx.array:
+        def compute(part: Region) -> mx.array:
+            x = inputs[0][:, part.time.inside(where.output.time)]
+            kv = self.attn.keys_and_values(modulated(self.norm1(x), modulation), part)
+            return kv.reshape(*x.shape[:-1], -1)
+
+        return by_frames(compute, where.output, self._frames_at_once(where))
+
+    def _keys_taken(self, where: Where) -> Taken:
+        made, few = self._positions(where, self._frames_at_once(where))
+        c, size = self._channels, where.dtype.size
+        nbytes = by_frames_bytes(2 * c * size, made, few, where.backend.keys_bytes(few * c, size))
+        return Taken(nbytes, 2 * c * made)
+
+    def _block(
+        self,
+        inputs: Inputs,
+        where: Where,
+        modulations: tuple[Modulation | None, Modulation | None],
+        add: Callable[[mx.array], mx.array] | None,
+    ) -> mx.array:
+        kv = inputs[0].reshape(*inputs[0].shape[:-1], 2, self._heads, -1)
+        block, pairs = self._attention_block(where), where.backend.tile_elements
+
+        def compute(part: Region) -> mx.array:
+            frames = part.time.inside(where.output.time)
+            x = inputs[1][:, frames]
+            q = self.attn.queries(modulated(self.norm1(x), modulations[0]), part)
+            mx.eval(q)
+            a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], block, pairs)
+            x = x + self.attn.proj(a.reshape(x.shape))
+            mx.eval(x)
+            del q, a
+            x = self._with_mlp(x, modulations[1], where)
+            return x if add is None else x + add(inputs[2][:, frames])
+
+        return by_frames(compute, where.output, block[0])
+
+    def _with_mlp(self, x: mx.array, modulation: Modulation | None, where: Where) -> mx.array:
+        """x and its MLP, by tiles of positions, of which alone the hidden widths are alive."""
+        positions = x.reshape(-1, self._channels)
+        tile = self._tile(where)
+        done = []
+        for start in range(0, len(positions), tile):
+            part = positions[start : start + tile]
+            done.append(part + self.mlp(modulated(self.norm2(part), modulation)))
+            mx.eval(done[-1])
+        return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
+
+    def _block_taken(self, where: Where) -> Taken:
+        block, backend = self._attention_block(where), where.backend
+        made, few = self._positions(where, block[0])
+        c, size, heads = self._channels, where.dtype.size, self._heads * where.batch
+        frames, width = where.output.time, c * where.batch
+        rest = frames.length % block[0] or block[0]
+        calls = (
+            AttentionSize(pairs * heads, 2 * keys * width, queries * width)
+            for start in {frames.start, frames.stop - rest}
+            for pairs, keys, queries in attention_calls(
+                self._kernel,
+                where.output.over(start, min(start + block[0], frames.stop)),
+                block,
+                heads,
+                backend.tile_elements,
+            )
+        )
+        call = max(backend.attention_bytes(size_of_call, size) for size_of_call in calls)
+        result = few * c * size
+        attending = 2 * result + call
+        mixing = 2 * result + backend.mlp_bytes(min(few, self._tile(where)) * self._hidden, size)
+        phases = backend.queries_bytes(few * c, size), attending, 4 * result, mixing
+        kept = 2 * width * where.inputs[0].volume
+        copied = kept * size * (where.batch > 1)
+        return Taken(copied + by_frames_bytes(c * size, made, few, max(phases)), kept)
+
+    def _attention_block(self, where: Where) -> Stride:
+        t, h, w = (span.length for span in where.output)
+        return block_for(self._kernel, (t, h, w), where.backend.queries_per_key_copy)
+
+    def _frames_at_once(self, where: Where) -> int:
+        area = where.batch * where.output.area * self._channels
+        return min(where.output.time.length, max(1, where.backend.tile_elements // area))
+
+    def _tile(self, where: Where) -> int:
+        return max(1, where.backend.tile_elements // self._hidden)
+
+    @staticmethod
+    def _positions(where: Where, frames: int) -> tuple[int, int]:
+        """Positions of the step's output, and of so many frames of it."""
+        return where.batch * where.output.volume, where.batch * where.output.area * frames
+
+
+class DiffusionNABlock(NABlock):
+    """A block beside which the context enters, modulated by the timestep."""
+
+    def __init__(self, channels: int, kernel: Stride, config: DiffusionDecoderConfig):
+        super().__init__(channels, kernel, config)
+        self.context_proj = nn.Linear(channels, channels)
+        self.scale_shift_table = mx.zeros((MODULATIONS, channels))
+
+    def modulations(self, shared: mx.array) -> tuple[Modulation, Modulation]:
+        """Those of a timestep, of which `shared` (7, C) is what all blocks have in common."""
+        scale1, shift1, _, scale2, shift2, _, _ = shared + self.scale_shift_table
+        return (scale1, shift1), (scale2, shift2)
+
+
+def modulated(x: mx.array, modulation: Modulation | None) -> mx.array:
+    """A normalised input, scaled and shifted if asked to."""
+    return x if modulation is None else x * (1 + modulation[0]) + modulation[1]
+
+
+def by_frames(compute: Callable[[Region], mx.array], region: Region, frames: int) -> mx.array:
+    """The frames of a region, so many at a time, each evaluated before the next."""
+    done = []
+    for part in _parts(region, frames):
+        done.append(compute(part))
+        mx.eval(done[-1])
+    return mx.concatenate(done, axis=1) if len(done) > 1 else done[0]
+
+
+def by_frames_bytes(result: int, made: int, few: int, computing: int) -> int:
+    """What `by_frames` takes.
+
+    Args:
+        result: Bytes of the result per position.
+        made: Positions in all, of which
+        few: are computed at a time.
+        computing: What computing those takes, their result included.
+    """
+    return max(result * (made - few) + computing, 2 * result * made if few < made else 0)
+
+
+def _parts(region: Region, frames: int) -> Iterator[Region]:
+    for start in range(region.time.start, region.time.stop, frames):
+        yield region.over(start, min(start + frames, region.time.stop))
