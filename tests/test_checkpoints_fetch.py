@@ -24,14 +24,14 @@ from checkpoint_files import (
 )
 from diffusion_cases import original_tensors, reference_decoder, reference_file
 from hub_server import COMMIT, SIGNATURE, TOKEN, Blob, Repo, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors import safe_open
 
 from mlx_vae_tiling.checkpoints import extract, hub
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
 from mlx_vae_tiling.checkpoints.fetch import fetch_vae, plan_fetch
-from mlx_vae_tiling.checkpoints.hub_errors import HubError, InterruptedTransfer
+from mlx_vae_tiling.checkpoints.hub_errors import HubError, InterruptedTransfer, explained
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.checkpoints.sources import SOURCES, HubFile
 from mlx_vae_tiling.vae.published import PUBLISHED
@@ -527,6 +527,33 @@ def test_the_page_has_the_sizes_of_the_versions():
         title: (round(count / 1e6, 1), round(2 * count / 1e6)) for title, count in published.items()
     }
     assert all(f"`{name}`" in page for name in SOURCES)
+
+
+def test_what_another_program_has_downloaded_whole_is_used(remote, tmp_path):
+    decoder = decoder_of("ltx-2.3")
+    remote.repos["owner/name"] = Repo({"a.safetensors": Blob(checkpoint_bytes(tmp_path, decoder))})
+    downloaded = hf_hub_download("owner/name", "a.safetensors", cache_dir=tmp_path / "hub")
+    remote.sent.clear()
+    plan = plan_fetch("owner/name", filename="a.safetensors")
+    assert plan.transfer_bytes == 0 and str(plan.run()) == downloaded
+    assert not remote.bytes_sent("/blobs/") and same_parameters(downloaded, decoder)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Illegal header value b'Bearer hf_abcDEF123'", "Illegal header value b'Bearer (token)'"),
+        ("a token of another form: s3cr3t", "a token of another form: (token)"),
+        (
+            "for url 'https://me:pw@cdn.example/a/b?Signature=x&Key=y' (1)",
+            "for url 'https://cdn.example/a/b' (1)",
+        ),
+        ("line\nline", "line line"),
+    ],
+)
+def test_what_libraries_say_is_shown_without_secrets(text, shown):
+    error = explained(OSError(text), "owner/name", "a.safetensors", "s3cr3t")
+    assert f"does not answer ({shown}): check the connection" in str(error)
 
 
 @pytest.mark.parametrize("offline", [True, False])

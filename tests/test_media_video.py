@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.media import frame_files
-from mlx_vae_tiling.media.video import VideoWriter, frame_rate, open_video
+from mlx_vae_tiling.media import encoders
+from mlx_vae_tiling.media.video import frame_rate, open_video
+from mlx_vae_tiling.media.writer import VideoWriter
 
 av = pytest.importorskip("av")
 
@@ -231,12 +232,13 @@ def test_whatever_was_written_before_an_exception_is_kept(tmp_path, name, error)
     with pytest.raises(error), open_video(tmp_path / name) as video:
         video.write(frames)
         raise error
-    assert len(np.load(tmp_path / name) if name == "a.npy" else read(tmp_path / name)[0]) == 9
+    kept = tmp_path / name.replace("a.", "a.partial.")
+    assert len(np.load(kept) if name == "a.npy" else read(kept)[0]) == 9
 
 
 def test_an_exception_before_the_first_frame_leaves_the_old_file(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / "a.mp4"):
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / "a.mp4", overwrite=True):
         raise KeyboardInterrupt
     assert (tmp_path / "a.mp4").read_bytes() == b"old"
 
@@ -249,16 +251,20 @@ def test_a_killed_process_leaves_a_playable_file(tmp_path, name):
         from mlx_vae_tiling.media.video import open_video
         video = open_video(sys.argv[1], fps=4)
         noise = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8)
-        while not os.path.exists(sys.argv[1]) or os.path.getsize(sys.argv[1]) < 500_000:
+        partial = sys.argv[1].replace("a.", "a.partial.")
+        while not os.path.exists(partial) or os.path.getsize(partial) < 500_000:
             video.write(noise)
         os._exit(9)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), os.fspath(tmp_path / name)]
     assert subprocess.run(command, timeout=60).returncode == 9
+    kept = tmp_path / name.replace("a.", "a.partial.")
+    assert os.listdir(tmp_path) == [kept.name]
     if name == "a.npy":
-        assert np.load(tmp_path / name).shape[0] >= 20
+        assert np.load(kept).shape[0] >= 20
     else:
-        assert len(read(tmp_path / name)[0]) >= 8
+        assert len(read(kept)[0]) >= 8
+        assert [frame.time for frame in read(kept)[0]] == [i / 4 for i in range(len(read(kept)[0]))]
 
 
 def test_a_closed_file_is_not_fragmented(tmp_path):
@@ -278,12 +284,16 @@ def test_a_closed_file_is_not_fragmented(tmp_path):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.npy", "%d.png"])
 @pytest.mark.parametrize("writes", [1, 8])
 def test_a_full_disk_is_reported(tmp_path, name, writes):
-    (tmp_path / name.replace("%d", "0")).symlink_to("/dev/full")
     noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    full = tmp_path / name.replace("%d", "0.partial")
+    if name != "%d.png":
+        full.symlink_to("/dev/full")
     with (
         pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"),
         open_video(tmp_path / name) as video,
     ):
+        if name == "%d.png":
+            full.symlink_to("/dev/full")
         for _ in range(writes):
             video.write(noise)
 
@@ -343,24 +353,24 @@ def test_at_most_two_batches_wait():
 
 
 def test_an_encoder_that_refuses_is_passed_over(tmp_path, monkeypatch):
-    hardware = frame_files.Encoder("h264_nvenc", "yuv420p", "yuv420p")
-    absent = frame_files.Encoder("h264_of_tomorrow", "yuv420p", "yuv420p")
-    software = frame_files.ENCODERS["h264"][-1]
-    monkeypatch.setitem(frame_files.ENCODERS, "h264", (absent, hardware, software))
+    hardware = encoders.Encoder("h264_nvenc", "yuv420p", "yuv420p")
+    absent = encoders.Encoder("h264_of_tomorrow", "yuv420p", "yuv420p")
+    software = encoders.ENCODERS["h264"][-1]
+    monkeypatch.setitem(encoders.ENCODERS, "h264", (absent, hardware, software))
     write(tmp_path / "a.mp4", levels(moving_waves(3, 64, 64), "u1"))
     assert len(read(tmp_path / "a.mp4")[0]) == 3
-    monkeypatch.setitem(frame_files.ENCODERS, "h264", (absent,))
+    monkeypatch.setitem(encoders.ENCODERS, "h264", (absent,))
     with pytest.raises(OSError, match=r"b\.mp4: no encoder of h264 takes 8x8 .*h264_of_tomorrow is not in"):
         write(tmp_path / "b.mp4", frame_batch())
 
 
 def test_hardware_comes_first_and_its_quality_grows_as_the_rate_factor_falls():
-    assert [e[0].name for e in frame_files.ENCODERS.values()] == [
+    assert [e[0].name for e in encoders.ENCODERS.values()] == [
         "h264_videotoolbox",
         "hevc_videotoolbox",
         "prores_ks",
     ]
-    options = [frame_files._quality_options("h264_videotoolbox", q) for q in (1, 18, 51)]
+    options = [encoders._quality_options("h264_videotoolbox", q) for q in (1, 18, 51)]
     assert [int(o["global_quality"]) // 118 for o in options] == [98, 65, 1]
 
 
@@ -369,7 +379,7 @@ def test_quality_trades_size(tmp_path):
     for codec in ("h264", "hevc"):
         sizes = []
         for quality in (1, None, 51):
-            write(tmp_path / "a.mp4", frames, codec=codec, quality=quality)
+            write(tmp_path / "a.mp4", frames, codec=codec, quality=quality, overwrite=True)
             sizes.append((tmp_path / "a.mp4").stat().st_size)
         assert sizes[0] > 1.3 * sizes[1] > 2 * sizes[2]
 
@@ -435,7 +445,7 @@ def test_frames_that_change(tmp_path, shape, dtype):
     ):
         video.write(frame_batch())
         video.write(np.zeros(shape, dtype))
-    assert np.load(tmp_path / "a.npy").shape == (1, 8, 8, 3)
+    assert np.load(tmp_path / "a.partial.npy").shape == (1, 8, 8, 3)
 
 
 def test_no_frames_at_all(tmp_path):

@@ -34,6 +34,7 @@ def trials(**measured):
         ({"folded": (0.10, 1.7e-3), "gemm": (0.094, 3.7e-3)}, "gemm"),
         ({"folded": (0.10, 6e-3), "gemm": (0.12, 3.7e-3)}, "gemm"),  # the default is broken here
         ({"folded": (0.10, math.nan), "gemm": (0.12, 3.7e-3)}, "gemm"),
+        ({"folded": (0.10, -1.0), "gemm": (0.12, 3.7e-3)}, "gemm"),
         ({"folded": (0.10, 6e-3), "gemm": (0.12, math.inf)}, "folded"),  # nothing is accurate
         ({"winograd_time": (0.08, 5e-3)}, "winograd_time"),  # the bound itself is allowed
         ({}, "folded"),

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, STORED
 
-from .tensor_files import BFLOAT16, Array, StoredTensor, TensorFile, damage_reported, read_tensor_file
+from .stored import StoredTensor, TensorFile
+from .tensor_files import damage_reported, read_tensor_file
 
 DEMO = Path(__file__).parent.parent / "demo" / "latents.safetensors"
 _FLOATS = tuple(kind.name for kind in STORED.values())
@@ -51,10 +51,11 @@ def load_latents(
 ) -> mx.array:
     """Load saved video latents as (B, C, F, H, W), in the floating dtype they were stored in.
 
-    A file with one video latent needs no options. Of several, `final_video_latent` is taken, else `key` must
-    choose. Tensors named audio, and packed tensors beside an unpacked one, are passed over. float64 becomes
-    float32. As ComfyUI does, a `.latent` file without the marker `latent_format_version_0` is multiplied by
-    1 / 0.18215.
+    A file with one video latent needs no options. Of several, `final_video_latent` is taken, in a `.latent`
+    file `latent_tensor`, else `key` must choose. Tensors named audio, and packed tensors beside an unpacked
+    one, are passed over. float64 becomes float32. As ComfyUI does, a `.latent` file without the marker
+    `latent_format_version_0` is multiplied by 1 / 0.18215. The file is read piece by piece into the array,
+    so that nothing else of its size is in memory.
 
     Args:
         path: A `.safetensors`, `.latent`, `.npy`, `.npz`, `.pt` or `.pth` file; "demo" for those bundled.
@@ -68,7 +69,8 @@ def load_latents(
     Raises:
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: A `.pt` file, and torch is not installed.
-        ValueError: The file cannot be read, or holds no video latents or several.
+        PermissionError: The file may not be read.
+        ValueError: The file is damaged, a pipe or a device, or holds no video latents or several.
 
     Example:
         >>> load_latents("shot.latent").shape
@@ -90,13 +92,13 @@ def read_latents(
         raise ValueError(f"latent_size must be three positive numbers (F, H, W), got {latent_size}")
     file = read_tensor_file(path)
     name = _choose(path, file.tensors, key, channels)
-    with damage_reported(path):
-        latents = _to_mlx(file.tensors[name].load())
-        fps = file.number("fps")
-    if path.lower().endswith(".latent") and name == _COMFYUI_KEY and _COMFYUI_MARKER not in file.tensors:
-        latents = (latents.astype(mx.float32) * _COMFYUI_UNMARKED_SCALE).astype(latents.dtype)
+    comfyui = path.lower().endswith(".latent") and name == _COMFYUI_KEY
+    unmarked = comfyui and _COMFYUI_MARKER not in file.tensors
     stored_as = file.metadata.get(f"{name}_mlx_dtype", "").rpartition(".")[2]
-    latents = latents.astype(_NARROWED.get(stored_as, latents.dtype))
+    with damage_reported(path):
+        scale = _COMFYUI_UNMARKED_SCALE if unmarked else 1.0
+        latents = file.tensors[name].load(_NARROWED.get(stored_as), scale)
+        fps = file.number("fps")
     return SavedLatents(_arrange(path, latents, latent_size, _size_in_file(file), channels), name, fps)
 
 
@@ -125,6 +127,8 @@ def _choose(path: str, tensors: dict[str, StoredTensor], key: str | None, channe
         raise ValueError(f"key (--key) must name a tensor of {path}, got {key!r}; it holds {listing}")
     wanted = [key] if key is not None else [name for name in tensors if "audio" not in name.lower()]
     candidates = [name for name in wanted if _is_video(tensors[name], channels)]
+    if key is None and path.lower().endswith(".latent") and _COMFYUI_KEY in candidates:
+        return _COMFYUI_KEY
     for ranks in ((4, 5), (3,), (2,)):
         names = [name for name in candidates if len(tensors[name].shape) in ranks]
         if _PREFERRED_KEY in names:
@@ -190,9 +194,3 @@ def _arrange(
     if given_size is not None and arranged.shape[2:] != tuple(given_size):
         raise ValueError(f"latent_size must be {arranged.shape[2:]} for {path}, got {given_size}")
     return arranged
-
-
-def _to_mlx(array: Array) -> mx.array:
-    if array.dtype == BFLOAT16:
-        return mx.array(np.ascontiguousarray(array).view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array.astype(np.float32 if array.dtype.itemsize == 8 else array.dtype.newbyteorder("=")))

@@ -1,29 +1,25 @@
 """Frames to files: .mp4 (H.264, HEVC), .mov (ProRes), a sequence of PNG images, or one .npy array.
 
-A thread writes beside whatever makes the frames. Each format is a function that consumes an iterator of
-frames, so however the frames end, by the last one or by an exception, the file is finished the same way.
+Each format is a module that says how many frames an interrupted output still holds and saves those that
+follow; a thread writes beside whatever makes the frames.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import queue
-import re
-import threading
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
-from types import TracebackType
 
-import numpy as np
-
-from .frame_files import Frames, save_npy, save_png, save_video
+from .audio import open_sound
+from .movie import Movie, frames_in_movie, open_movie
+from .npy import frames_in_npy, open_npy
+from .places import partial_path, same_file
+from .png import frames_in_png, open_png
+from .writer import VideoWriter
 
 _CODECS = {".mp4": ("h264", "hevc"), ".mov": ("prores", "h264", "hevc")}
 _NTSC_RATES = tuple(Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120))
-_NUMBERED = re.compile(r"(?:[^%]|%%)*%0?\d*d(?:[^%]|%%)*")
-_WAITING_WRITES = 2
 
 
 def open_video(
@@ -32,59 +28,85 @@ def open_video(
     fps: float | str | Fraction = 24,
     codec: str | None = None,
     quality: float | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    audio: str | os.PathLike[str] | None = None,
+    audio_start_seconds: float = 0.0,
+    clip_seconds: float | None = None,
 ) -> VideoWriter:
     """Open a file that takes frames while they are being made.
 
-    `.mp4` and `.mov` are converted to and tagged as BT.709 in limited range. They stay playable while they
-    grow: a killed process loses the last few seconds. A Mac's hardware encoder is used where it opens.
-    4:2:0 video has no odd sizes, so the last row or column is repeated to make height and width even (ProRes:
-    only the width); PNG and `.npy` are exact. Files of the same name are overwritten.
+    `.mp4` and `.mov` are converted to and tagged as BT.709 in limited range. A Mac's hardware encoder is used
+    where it opens. 4:2:0 video has no odd sizes, so the last row or column is repeated to make height and
+    width even (ProRes: only the width); PNG and `.npy` are exact.
+
+    Until it is complete, an output lies beside its name: `clip.partial.mp4`, `frame_00000.partial.png`. A
+    video can be played there while it grows. However the process ends, `resume=True` continues it: frames
+    that are kept are neither wanted nor encoded again. Of a killed H.264 or HEVC video those are missing
+    that the encoder was still looking at, about 50, and up to 2 s of an unfinished group of pictures.
 
     Args:
         path: `.mp4`, `.mov`, `.npy`, `frame_%05d.png`, or a directory for PNG (an existing one, or with "/").
         fps: Frames per second; 23.976 means 24000/1001, and so on. PNG and `.npy` have none.
         codec: "h264" (default in `.mp4`), "hevc", or in `.mov` "prores" (default there).
         quality: Constant rate factor of H.264 and HEVC, from 1, best, to 51; 18, the default, looks lossless.
+        overwrite: Whether an output of this name is replaced, once the new one is complete, and one that was
+            left unfinished is begun again.
+        resume: Whether an unfinished output is continued, if there is one: write the frames from
+            `VideoWriter.frames_kept` on. It wins over `overwrite`.
+        audio: A file whose sound goes into `.mp4` and `.mov`: copied where they take it, AAC otherwise.
+        audio_start_seconds: Where in it the first frame lies. It ends with the last frame.
+        clip_seconds: Length of the clip that the whole of the sound belongs to, which is checked at once;
+            by default it is checked at the end, against the frames.
 
     Returns:
         A context manager with `write(frames)`.
 
     Raises:
+        FileExistsError: There is an output of this name, finished or not.
         ModuleNotFoundError: PyAV is needed and not installed.
-        OSError: The place to write to is missing or not writable.
-        ValueError: The suffix, codec, rate or quality cannot be used.
+        OSError: The place to write to is missing or not writable, or there is no such file with sound.
+        ValueError: The suffix, codec, rate, quality or sound cannot be used, or do not fit what is continued.
+
+    Warns:
+        UserWarning: The sound is longer or shorter than the clip.
 
     Example:
         >>> with open_video("clip.mp4", fps="24000/1001") as video:
         ...     for frames in decode_frames(decoder, latents):
         ...         video.write(frames)
     """
-    path = os.fspath(path)
-    suffix = os.path.splitext(path)[1].lower()
+    path, kind = os.fspath(path), _kind(os.fspath(path))
     rate = frame_rate(fps)
-    if path.endswith(("/", os.sep)) or (os.path.isdir(path) and suffix not in (*_CODECS, ".npy", ".png")):
-        _check_writable(path.rstrip("/" + os.sep) or path)
-        os.makedirs(path, exist_ok=True)
-        return _open_png(os.path.join(path.replace("%", "%%"), "frame_%05d.png"), codec, quality)
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "a directory has the name of the file to write", path)
-    if suffix not in (*_CODECS, ".npy", ".png"):
-        raise ValueError(f"path must end in .mp4, .mov, .npy, %05d.png or / (PNG in a directory), got {path}")
-    _check_writable(path)
-    if suffix == ".png":
-        return _open_png(path, codec, quality)
-    if suffix == ".npy":
-        _check_unused(path, codec, quality)
-        return VideoWriter(path, partial(save_npy, path))
-    codec = codec or _CODECS[suffix][0]
-    if codec not in _CODECS[suffix]:
-        raise ValueError(f"codec of {suffix} must be one of {', '.join(_CODECS[suffix])}, got {codec!r}")
-    if codec == "prores":
-        _check_unused(path, None, quality)
-    if quality is not None and not 1 <= quality <= 51:
-        raise ValueError(f"quality must be between 1 (best) and 51, got {quality}")
-    _check_av(path)
-    return VideoWriter(path, partial(save_video, path, codec=codec, rate=rate, quality=quality or 18))
+    if kind in _CODECS:
+        movie = _movie(path, kind, codec, rate, quality)
+        _check_writable(path)
+        if audio is not None:
+            if same_file(audio, path):
+                raise ValueError(f"audio must be another file than the output, got {path} for both")
+            sound = open_sound(audio, audio_start_seconds, kind)
+            movie = replace(movie, sound=sound, clip_seconds=clip_seconds)
+        output = open_movie(os.path.realpath(path), movie, resume=resume, overwrite=overwrite)
+    else:
+        _check_unused(path, codec, quality, audio)
+        _check_writable(path)
+        if kind == ".npy":
+            output = open_npy(os.path.realpath(path), resume=resume, overwrite=overwrite)
+        else:
+            _check_av(path)
+            output = open_png(_pattern(path, create=True), resume=resume, overwrite=overwrite)
+    return VideoWriter(output.path if kind == ".png" else path, output.save, output)
+
+
+def unfinished_frames(path: str | os.PathLike[str]) -> tuple[str, int] | None:
+    """Where an unfinished output of this name is kept, and how many of its frames; None if there is none.
+
+    What a kill has cut off at its end is removed, so it must not be asked while the output is written.
+    """
+    path, kind = os.fspath(path), _kind(os.fspath(path))
+    path = _pattern(path, create=False) if kind == ".png" else os.path.realpath(path)
+    count = {".npy": frames_in_npy, ".png": frames_in_png}.get(kind, frames_in_movie)(path)
+    return (partial_path(path), count) if count else None
 
 
 def frame_rate(fps: float | str | Fraction) -> Fraction:
@@ -107,115 +129,46 @@ def frame_rate(fps: float | str | Fraction) -> Fraction:
     return near[0] if near else rate.limit_denominator(1001)
 
 
-class VideoWriter:
-    """A file being written by a thread; `open_video` makes it.
-
-    At most two written batches wait for the thread, then `write` does. What goes wrong in the thread is
-    raised by the next `write` or by `close`. Leaving a `with` block, by an exception too, finishes the file.
-
-    Attributes:
-        path: The file, or the pattern of the PNG files.
-        frames_written: Frames taken so far.
-    """
-
-    def __init__(self, path: str, save: Callable[[Iterator[Frames]], None]) -> None:
-        self.path = path
-        self.frames_written = 0
-        self._save = save
-        self._queue: queue.Queue[Frames | None] = queue.Queue(_WAITING_WRITES)
-        # A daemon, so that a writer nobody closed cannot keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name=f"write {path}", daemon=True)
-        self._error: Exception | None = None
-        self._form: tuple[tuple[int, ...], np.dtype[np.generic]] | None = None
-        self._closed = False
-
-    def write(self, frames: Frames) -> None:
-        """Add frames (f, H, W, 3), uint8 or uint16 RGB, all of one size and dtype; they are copied.
-
-        Raises:
-            OSError: An earlier write failed, the disk being full for example.
-            ValueError: The frames have another form, or the file is closed.
-        """
-        if self._closed:
-            raise ValueError(f"frames must be written before {self.path} is closed")
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.size == 0 or frames.dtype not in ("u1", "u2"):
-            raise ValueError(
-                f"frames must be (f, height, width, 3), uint8 or uint16, got {frames.shape} {frames.dtype}"
-            )
-        form = (frames.shape[1:], frames.dtype)
-        if self._form is None:
-            self._form = form
-            self._thread.start()
-        if form != self._form:
-            raise ValueError(f"every frame of {self.path} must be {self._form}, as the first, got {form}")
-        self._queue.put(frames.copy())
-        self.frames_written += len(frames)
-        if self._error is not None:
-            self.close()
-
-    def close(self) -> None:
-        """Write what is waiting and finish the file.
-
-        Raises:
-            OSError: Writing failed.
-            ValueError: No frame was ever written.
-        """
-        if self._closed:
-            return
-        self._finish()
-        if self._form is None:
-            raise ValueError(f"a video needs at least one frame, none was written to {self.path}")
-
-    def _finish(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._form is not None:
-            self._queue.put(None)
-            self._thread.join()
-        if isinstance(self._error, OSError):
-            raise OSError(self._error.errno, self._error.strerror, self.path) from self._error
-        if self._error is not None:
-            raise OSError(f"cannot write {self.path}: {self._error}") from self._error
-
-    def _run(self) -> None:
-        batches = self._waiting()
-        try:
-            self._save(batches)
-        except Exception as error:
-            self._error = error
-            for _ in batches:  # so that a waiting write goes on, and sees the error
-                pass
-
-    def _waiting(self) -> Iterator[Frames]:
-        while (batch := self._queue.get()) is not None:
-            yield batch
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._finish()
+def _kind(path: str) -> str:
+    """The suffix of a file, ".png" of a folder."""
+    suffix = os.path.splitext(path)[1].lower()
+    known = suffix in (*_CODECS, ".npy", ".png")
+    if path.endswith(("/", os.sep)) or (os.path.isdir(path) and not known):
+        return ".png"
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "a directory has the name of the file to write", path)
+    if not known:
+        raise ValueError(f"path must end in .mp4, .mov, .npy, %05d.png or / (PNG in a directory), got {path}")
+    return suffix
 
 
-def _open_png(pattern: str, codec: str | None, quality: float | None) -> VideoWriter:
-    if _NUMBERED.fullmatch(pattern) is None:
-        raise ValueError(f"a PNG path must number its frames, as frame_%05d.png does, got {pattern}")
-    _check_unused(pattern, codec, quality)
-    _check_av(pattern)
-    return VideoWriter(pattern, partial(save_png, pattern))
+def _pattern(path: str, create: bool) -> str:
+    if not (path.endswith(("/", os.sep)) or os.path.isdir(path)):
+        return path
+    if create:
+        os.makedirs(path, exist_ok=True)
+    return os.path.join(path.replace("%", "%%"), "frame_%05d.png")
 
 
-def _check_unused(path: str, codec: str | None, quality: float | None) -> None:
+def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: float | None) -> Movie:
+    codec = codec or _CODECS[suffix][0]
+    if codec not in _CODECS[suffix]:
+        raise ValueError(f"codec of {suffix} must be one of {', '.join(_CODECS[suffix])}, got {codec!r}")
+    if codec == "prores":
+        _check_unused(path, None, quality, None)
+    if quality is not None and not 1 <= quality <= 51:
+        raise ValueError(f"quality must be between 1 (best) and 51, got {quality}")
+    _check_av(path)
+    return Movie(suffix[1:], codec, rate, quality or 18)
+
+
+def _check_unused(path: str, codec: str | None, quality: float | None, audio: object) -> None:
     if codec is not None or quality is not None:
         raise ValueError(
             f"codec and quality are for H.264 and HEVC, leave them out for {path}: {codec}, {quality}"
         )
+    if audio is not None:
+        raise ValueError(f"audio is for .mp4 and .mov, leave it out for {path}: {audio}")
 
 
 def _check_av(path: str) -> None:
@@ -228,7 +181,7 @@ def _check_av(path: str) -> None:
 
 
 def _check_writable(path: str) -> None:
-    parent = os.path.dirname(path) or "."
+    parent = os.path.dirname(path.rstrip("/" + os.sep) or path) or "."
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "no such directory to write in, create it first", parent)
     if not os.access(path if os.path.exists(path) else parent, os.W_OK):

@@ -134,6 +134,7 @@ def bench(
         quick: Measures everything once, on less.
         tell: Told what is being measured.
     """
+    mx.eval(decoder.parameters(), latents)
     backend, dtype = decoder.policy(), decoder.dtype
     machine = machine_of(backend, dtype)
     plan = plan_decode(decoder, latents.shape, memory_limit=memory_limit)
@@ -177,7 +178,10 @@ def _variants(decoder: StreamingDecoder, plan: DecodePlan, quick: bool) -> Itera
     for chunk in [(1, 2), *paces]:
         streamed = planned(chunk=chunk)
         if streamed.fits and chunk != (plan.latent_frames_per_step, plan.max_chunk_frames):
-            yield f"{chunk[0]} latent frames, at most {chunk[1] or 'all'} in a layer", streamed
+            yield (
+                f"{chunk[0]} latent frames a step" + f", {chunk[1]} in a layer" * (chunk[1] is not None),
+                streamed,
+            )
     windows = _in_windows(planned, plan)
     if windows:
         yield f"{len(windows.parts)} windows", windows

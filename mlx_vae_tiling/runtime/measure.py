@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -48,7 +47,7 @@ class Pass(NamedTuple):
 def machine_of(backend: Backend, dtype: mx.Dtype) -> Machine:
     """This machine, as measurements are kept by."""
     name = str(backend.device().get("device_name", backend.name))
-    return Machine(name, version("mlx"), str(dtype).removeprefix("mlx.core."))
+    return Machine(name, str(vars(mx)["__version__"]), str(dtype).removeprefix("mlx.core."))
 
 
 def work_of(steps: Sequence[Step], output: Region, latent_frames: int) -> list[Work]:

@@ -214,8 +214,6 @@ class StreamingDecoder(WeightedModule):
         noise = self.noise(latents.shape, options, noise)
         pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
         pace = Pace(latent_frames_per_step, max_chunk_frames)
-        # Another thread, which may consume the stream, cannot compute what is only scheduled in this one.
-        mx.eval(latents, self.parameters())
         return self.run(latents, options, pixels, pace, noise, backend)
 
     def run(
