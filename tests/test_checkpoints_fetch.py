@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import tiny_cases
 from checkpoint_files import (
     combined,
     decoder_of,
@@ -21,6 +22,7 @@ from checkpoint_files import (
     write,
     write_json,
 )
+from diffusion_cases import original_tensors, reference_decoder, reference_file
 from hub_server import COMMIT, SIGNATURE, TOKEN, Blob, Repo, serving
 from huggingface_hub import constants, hf_hub_download
 from safetensors import safe_open
@@ -258,18 +260,24 @@ def known(monkeypatch, *places, version="ltx-2.3"):
 
 
 def test_every_published_version_has_a_small_file_before_those_of_whole_models():
-    assert SOURCES.keys() <= NAMES.keys() and NAMES.keys() - SOURCES.keys() == {"taeltx2_3_wide", "taeltx_2"}
-    for places in SOURCES.values():
+    # The wide tiny decoder is on no Hub, and the other one in a single place.
+    assert SOURCES.keys() >= PUBLISHED.keys() - {"taeltx2_3_wide"}
+    for version, places in SOURCES.items():
         whole = [re.match(r"(vae|VAE|diffusion_decoder)/", place.file) is None for place in places]
         assert whole == sorted(whole) and not whole[0]
+        assert len(places) > 1 or version == "taeltx2_3"
         assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", place.repo) for place in places)
 
 
-@pytest.mark.parametrize("version", [name for name in SOURCES if re.match(r"ltx-(0|2$|2.3)", name)])
+@pytest.mark.parametrize("version", [version for version in PUBLISHED if not version.startswith("tae")])
 def test_versions_are_fetched_by_name(version, remote, tmp_path):
     """From the second place, as the first does not exist here."""
-    decoder = decoder_of(version.replace("ltx-0", "0"))
-    content = checkpoint_bytes(tmp_path, decoder, version.replace("ltx-0", "0"))
+    if version == "ltx-2.5":
+        decoder, config = reference_decoder(), json.loads(reference_file()[1]["config"])["vae"]
+        content = write(tmp_path / "a.safetensors", original_tensors(), config).read_bytes()
+    else:
+        decoder = decoder_of(version.replace("ltx-0", "0"))
+        content = checkpoint_bytes(tmp_path, decoder, version.replace("ltx-0", "0"))
     missing, place = SOURCES[version][:2]
     remote.repos[place.repo] = Repo({place.file: Blob(content)})
     with pytest.warns(
@@ -279,6 +287,15 @@ def test_versions_are_fetched_by_name(version, remote, tmp_path):
     assert len(raised) == 1
     assert all(mx.array_equal(loaded[name], value) for name, value in parameters(decoder).items())
     assert PUBLISHED[version].title == describe_quietly(version).version
+
+
+def test_a_tiny_decoder_is_fetched_by_name(remote, tmp_path):
+    (place,) = SOURCES["taeltx2_3"]
+    path = write(tmp_path / "a.safetensors", tiny_cases.stored_tensors("taeltx2_3"))
+    remote.repos[place.repo] = Repo({place.file: Blob(path.read_bytes())})
+    expected = parameters(tiny_cases.reference_decoder("taeltx2_3"))
+    loaded = parameters(load_decoder("taeltx2_3"))
+    assert all(mx.array_equal(loaded[name], value) for name, value in expected.items())
 
 
 def describe_quietly(source):
