@@ -34,7 +34,7 @@ from mlx_vae_tiling.checkpoints.fetch import fetch_vae, plan_fetch
 from mlx_vae_tiling.checkpoints.hub_errors import HubError, InterruptedTransfer, explained
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.checkpoints.sources import SOURCES, HubFile
-from mlx_vae_tiling.vae.published import NAMES, PUBLISHED
+from mlx_vae_tiling.vae.published import PUBLISHED
 
 MODEL = ("F8_E4M3", (4_000_000,), bytes(4_000_000))
 
@@ -311,8 +311,7 @@ def test_a_version_without_config_is_what_its_name_says(remote, tmp_path, monkey
     remote.repos["owner/name"] = Repo({"vae/a.safetensors": Blob(content)})
     with pytest.raises(HubError, match="must hold exactly the tensors of its config"):
         load_decoder("ltx-2.3")
-    for table in (PUBLISHED, NAMES):
-        monkeypatch.setitem(table, "ltx-2.3", PUBLISHED["ltx-2.3"]._replace(config=decoder.config))
+    monkeypatch.setitem(PUBLISHED, "ltx-2.3", PUBLISHED["ltx-2.3"]._replace(config=decoder.config))
     assert describe_checkpoint("ltx-2.3").config == decoder.config
     with pytest.warns(CheckpointWarning, match="comes without a config; its tensors are those of LTX-2.3"):
         load_decoder(fetch_vae("ltx-2.3"))
