@@ -67,7 +67,7 @@ class LayerBackend:
 
     def keys_bytes(self, given: int, itemsize: int) -> int:
         """What making keys and values of so many elements takes, both included."""
-        return (38 if itemsize == 4 else 32) * given
+        return (30 if itemsize == 4 else 28) * given
 
     def queries_bytes(self, given: int, itemsize: int) -> int:
         """What making queries of so many elements takes, these included."""
@@ -106,12 +106,6 @@ class CPULayerBackend:
 
     def rms_norm_bytes(self, given: int, itemsize: int) -> int:
         return given * (8 if itemsize == 4 else 14)
-
-    def keys_bytes(self, given: int, itemsize: int) -> int:
-        return given * (47 if itemsize == 4 else 57)
-
-    def queries_bytes(self, given: int, itemsize: int) -> int:
-        return given * (34 if itemsize == 4 else 50)
 
     def mlp_bytes(self, hidden: int, itemsize: int) -> int:
         return hidden * (11 if itemsize == 4 else 8)
