@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoint_files import combined, decoder_of, original_json, parameters, split, write, write_json
+from diffusion_cases import original_tensors, reference_file
 from safetensors import SafetensorError, safe_open
 
 from mlx_vae_tiling import cli
@@ -155,6 +156,33 @@ def test_configs_beyond_reason(changes, message, tmp_path):
     begin = time.monotonic()
     with pytest.raises(ValueError, match=message) as raised:
         load_decoder(with_config(tmp_path, **changes))
+    assert time.monotonic() - begin < 5 and len(str(raised.value)) < 700
+
+
+DIFFUSION = [
+    (
+        {"stage_depths": [1_000_000, 1, 1, 1, 1]},
+        r"stage_depths must be like \(4, 6, 4, 2, 8\), got \(1000000, 1",
+    ),
+    ({"stage_depths": [40, 40, 1, 1, 1]}, r"stage_depths must sum to at most 64, got 83"),
+    ({"stage_kernels": [[3, 7.5, 7]] * 5}, r"stage_kernels must be like"),
+    ({"stage_depths": ["1", 1, 1, 1, 1]}, r"stage_depths must be like"),
+    ({"head_dim": 0}, r"cannot be read \(ZeroDivisionError"),
+    ({"timestep_scale_multiplier": float("nan")}, r"timestep_scale_multiplier must be like 1000.0, got nan"),
+    (
+        {"upsamples": [[[1, 2, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 2]]},
+        r"upsamples must be li",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DIFFUSION, ids=[row[1][:30] for row in DIFFUSION])
+def test_configs_of_diffusion_decoders_beyond_reason(changes, message, tmp_path):
+    tensors, config = original_tensors(), json.loads(reference_file()[1]["config"])["vae"]
+    begin = time.monotonic()
+    config.get("decoder", config).update(changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_decoder(write(tmp_path / "vae.safetensors", tensors, config))
     assert time.monotonic() - begin < 5 and len(str(raised.value)) < 700
 
 

@@ -22,6 +22,14 @@ def test_quick_bench_prints_a_table(capsys):
     assert "decode, whole" in told
 
 
+def test_a_decoder_of_another_kind_is_decoded_only(capsys):
+    arguments = ["--version", "taeltx2_3", "--size", "64x64", "--latent-frames", "2", "--dtype", "float32"]
+    assert main(["bench", "--quick", "--json", *arguments]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["forms"] == [] and fields["bytes_per_second"] == {}
+    assert [one["frames"] for one in fields["decodes"]] == [9, 9]
+
+
 def test_bench_as_json_keeps_forms_and_draws(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("HOME", str(tmp_path))

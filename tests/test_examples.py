@@ -64,3 +64,22 @@ def test_contact_sheet(shot):
 
 def test_the_picture_of_the_readme_is_small():
     assert (EXAMPLES / "demo.png").stat().st_size < 400_000
+
+
+def test_compare_with_peers(capsys):
+    """Peers come from elsewhere: here only this package, at the smallest width."""
+    figures = run("compare_with_peers", "--width", "4", "--latents", "2x3x3", "--candidates", "planned,whole")
+    assert set(figures) == {"planned", "whole"}
+    assert all(runs[0]["mlx"] > 0 and runs[0]["seconds"] > 0 for runs in figures.values())
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "this package" in line]
+    assert [int(row[-1]) for row in table] == [0, 0]
+
+
+def test_compare_with_peers_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    names = "planned,fork,diffusers"
+    figures = run("compare_with_peers", "--width", "4", "--latents", "1x2x2", "--candidates", names)
+    assert set(figures) == {"planned"}
+    out = capsys.readouterr().out
+    assert "fork is missing: pip install mlx-video-with-audio==0.1.37" in out
+    assert "diffusers is missing: pip install torch diffusers" in out

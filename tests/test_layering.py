@@ -109,7 +109,9 @@ DEVICE_QUESTIONS = ("default_device", "is_available", "device_info", "current_ba
 def test_only_backends_know_the_device(path):
     """A backend is passed in; only its own module, and the budget's default, ask for that of the device."""
     asked = [question for question in DEVICE_QUESTIONS if question in path.read_text()]
-    backends = dict.fromkeys(("vae/backend.py", "vae/backends.py", "vae/metal.py"), DEVICE_QUESTIONS)
+    backends = dict.fromkeys(
+        ("vae/backend.py", "vae/backends.py", "vae/cpu.py", "vae/metal.py"), DEVICE_QUESTIONS
+    )
     allowed = {**backends, "runtime/memory.py": ("current_backend()",)}
     assert set(asked) <= set(allowed.get(path.relative_to(ROOT).as_posix(), ()))
 

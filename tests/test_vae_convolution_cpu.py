@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.vae import winograd
+from mlx_vae_tiling.vae import winograd, winograd_kernel
 from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_rows, workspace_bytes
 from mlx_vae_tiling.vae.rows import Rows, activate, row_buffers
 from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
@@ -62,7 +62,7 @@ def cut(request, monkeypatch):
         monkeypatch.setattr(winograd, "TILES_PER_BLOCK", 16)
         monkeypatch.setattr(winograd, "WEIGHT_BYTES", 2**18)
         monkeypatch.setattr(winograd, "FRAME_BYTES", 2**17)
-        monkeypatch.setattr(winograd, "KERNEL_FLOATS", 2**10)
+        monkeypatch.setattr(winograd_kernel, "KERNEL_FLOATS", 2**10)
         monkeypatch.setattr("mlx_vae_tiling.vae.convolution_cpu.WORKSPACE_BYTES", 2**17)
         monkeypatch.setattr("mlx_vae_tiling.vae.convolution_cpu.CACHED_FLOATS", 2**11)
         monkeypatch.setattr("mlx_vae_tiling.vae.rows.BAND_FLOATS", 2**8)
@@ -117,7 +117,7 @@ def test_bytes_do_not_depend_on_workers_and_keeping(cut):
         x, weight, bias, residual = operands(shape)
         expected = run("winograd", shape, Rows(list(x)), weight, bias, residual=residual)
         for workers in (1, 2, 3):
-            for kept in (None, winograd.transform(weight)):
+            for kept in (None, winograd_kernel.transform(weight)):
                 options = {"workers": workers, "transformed": kept, "workspace": workspace}
                 y = run("winograd", shape, Rows(list(x)), weight, bias, residual=residual, **options)
                 assert np.array_equal(y, expected), (shape, options)
@@ -151,7 +151,7 @@ def test_workspace_is_as_stated(form, activated, cut):
 def test_workspace_of_workers_and_kept_kernels():
     shape = (4, 60, 64, 20, 12)
     x, weight, bias, _ = operands(shape)
-    for workers, kept in ((2, None), (3, winograd.transform(weight))):
+    for workers, kept in ((2, None), (3, winograd_kernel.transform(weight))):
         workspace = Workspace()
         options = {"workers": workers, "transformed": kept, "workspace": workspace}
         run("winograd", shape, Rows(list(x)), weight, bias, **options)

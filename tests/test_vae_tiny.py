@@ -1,10 +1,12 @@
 """The tiny decoders equal the reference implementation's frozen outputs, whole, streamed and by window."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tiny_cases import NAMES, reference_cases, reference_decoder, reference_file
 from vae_cases import joined
 
+from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL
 from mlx_vae_tiling.vae.regions import Window
 from mlx_vae_tiling.vae.tiny import TinyDecoder
 from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
@@ -65,3 +67,21 @@ def test_denormalised_latents_are_refused():
         decoder.stream(mx.zeros((1, 4, 1, 1, 1)), normalized=False)
     with pytest.raises(ValueError, match="widths must be 4 positive integers"):
         TinyDecoderConfig((8, 8, 8))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_convolutions_of_frames_are_the_same_on_every_backend(frames, groups):
+    keys = mx.random.split(mx.random.key(0))
+    x = mx.random.normal((2, frames, 5, 7, 8), key=keys[0])
+    weight = mx.random.normal((6, 3, 3, 8 // groups), key=keys[1])
+    shifted = np.lib.stride_tricks.sliding_window_view(np.array(x, np.float64), (3, 3), axis=(2, 3))
+    parts = [
+        np.einsum("nthwcij,oijc->nthwo", values, kernel)
+        for values, kernel in zip(
+            np.split(shifted, groups, axis=4), np.split(np.array(weight, np.float64), groups), strict=True
+        )
+    ]
+    for backend in (CPU, METAL, CUDA):
+        got = np.array(backend.convolve_frames(x, weight, groups))
+        np.testing.assert_allclose(got, np.concatenate(parts, axis=-1), rtol=0, atol=1e-4)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.vae.backend import CPUBackend
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.cpu import CPUBackend
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.published import PUBLISHED

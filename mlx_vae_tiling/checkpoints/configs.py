@@ -14,7 +14,7 @@ from mlx_vae_tiling.checkpoints.files import Kind
 from mlx_vae_tiling.checkpoints.parameters import Shapes, differences
 from mlx_vae_tiling.media.safetensors_header import shortened
 from mlx_vae_tiling.vae.blocks import STRIDES, Upsample
-from mlx_vae_tiling.vae.config import DecoderConfig
+from mlx_vae_tiling.vae.config import MOST_CHANNELS, MOST_LAYERS, DecoderConfig
 from mlx_vae_tiling.vae.diffusion_config import DIFFUSERS_CLASS, ORIGINAL_CLASS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.published import NAMES, PUBLISHED, AnyConfig, published_version
 from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
@@ -61,14 +61,39 @@ def _parse(config: Mapping[str, Any]) -> AnyConfig | None:
         return None
     name = str(vae.get("_class_name", ""))
     if name == DIFFUSERS_CLASS:
-        return DiffusionDecoderConfig.from_diffusers(vae)
+        return _plausible(DiffusionDecoderConfig.from_diffusers(vae))
     if name == ORIGINAL_CLASS:
-        return DiffusionDecoderConfig.from_original(vae)
+        return _plausible(DiffusionDecoderConfig.from_original(vae))
     if vae is config and (name.startswith("AutoencoderKL") or "decoder_block_out_channels" in vae):
         return DecoderConfig.from_diffusers(vae)
     if vae is not config or "decoder_blocks" in vae or "blocks" in vae:
         return DecoderConfig.from_original(vae)
     return None
+
+
+def _plausible(config: DiffusionDecoderConfig) -> DiffusionDecoderConfig:
+    """The config, if its numbers are of the kind and size that a decoder can have."""
+    for name, example in vars(DiffusionDecoderConfig()).items():
+        value = getattr(config, name)
+        # There may be more or fewer stages than those of LTX-2.5.
+        stages = isinstance(example, tuple) and isinstance(value, tuple)
+        if not _is_like(value, (example[0],) * len(value) if stages else example):
+            raise ValueError(f"{name} must be like {example}, got {shortened(repr(value))}")
+    if sum(config.stage_depths) > MOST_LAYERS:
+        raise ValueError(f"stage_depths must sum to at most {MOST_LAYERS}, got {sum(config.stage_depths)}")
+    return config
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value has the types of an example, and no number of it is out of bounds."""
+    if isinstance(example, tuple):
+        same = isinstance(value, tuple) and len(value) == len(example)
+        return same and all(map(_is_like, value, example))
+    if isinstance(example, int):
+        return type(value) is int and 0 < value <= MOST_CHANNELS
+    if isinstance(example, float):
+        return type(value) in (int, float) and abs(value) <= MOST_CHANNELS
+    return isinstance(value, type(example))
 
 
 def read_config(config: Config) -> AnyConfig:

@@ -24,7 +24,7 @@ from mlx_vae_tiling.checkpoints.identify import identify
 from mlx_vae_tiling.checkpoints.parameters import listing
 from mlx_vae_tiling.checkpoints.sources import HubFile
 from mlx_vae_tiling.media.safetensors_header import Header, read_local_header
-from mlx_vae_tiling.vae.published import NAMES
+from mlx_vae_tiling.vae.published import published_version
 
 WORTH_EXTRACTING = 0.8
 """A file is downloaded whole where the decoder is more of it than this."""
@@ -196,8 +196,8 @@ def _check_version(source: hub.Repository, file: str, header: Header, version: s
         found = identify(place, header, remote_texts(source, file, header), None, version).info.version
     except ValueError as error:
         raise NotThere(str(error)) from error
-    if found != NAMES[version].title:
-        raise NotThere(f"{place} holds {found}, not {NAMES[version].title}")
+    if found != published_version(version).title:
+        raise NotThere(f"{place} holds {found}, not {published_version(version).title}")
 
 
 def remote_texts(source: hub.Repository, file: str, header: Header) -> Iterator[tuple[str, str]]:

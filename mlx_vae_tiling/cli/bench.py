@@ -111,9 +111,10 @@ def bench_text(result: Bench) -> str:
     """All that was measured, as tables."""
     lines = [f"{NAME} {__version__} on {result.machine}"]
     lines.append(", ".join(f"{key} {value}" for key, value in result.device.items()))
-    lines += ["", f"matrix product: {result.product / 1e9:.0f} GFLOP/s", "", *_forms_lines(result)]
-    lines += ["", "passes over memory, GB/s"]
-    lines += [f"  {one.name:<26}{one.bytes_per_second / 1e9:>8.1f}" for one in result.passes]
+    lines += ["", f"matrix product: {result.product / 1e9:.0f} GFLOP/s"]
+    if result.forms:
+        lines += ["", *_forms_lines(result), "", "passes over memory, GB/s"]
+        lines += [f"  {one.name:<26}{one.bytes_per_second / 1e9:>8.1f}" for one in result.passes]
     lines += ["", *_decode_lines(result.decodes), ""]
     lines.append("Paste all of this into an issue: plans and forms for this machine are made from it.")
     return "\n".join(lines)

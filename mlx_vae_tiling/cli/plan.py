@@ -18,7 +18,7 @@ from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.config import Config
-from mlx_vae_tiling.vae.published import NAMES, AnyConfig
+from mlx_vae_tiling.vae.published import NAMES, AnyConfig, published_version
 
 PURPOSE = "say what a decode will take, without decoding"
 EXAMPLES = """
@@ -39,7 +39,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
     if args.vae in NAMES and not Path(args.vae).exists():
-        config, stored = NAMES[args.vae].config, "bfloat16"
+        config, stored = published_version(args.vae).config, "bfloat16"
     else:
         info = describe_checkpoint(args.vae, config=parse_config(args.config))
         config, stored = info.config, info.dtype

@@ -79,7 +79,7 @@ class Bench:
         device: MLX's own description.
         product: Operations per second of a matrix product.
         forms: By level.
-        passes: On the input of the first level.
+        passes: On the input of the first level; like forms, none for a decoder without such convolutions.
         decodes: Of the same latents.
     """
 
@@ -143,7 +143,7 @@ def bench(
     work = work_of(steps, plan.output, plan.latent_frames_per_step)
     slowness = 1 if backend.device_memory() else 100
     product = product_rate(512 if quick else 4096 if slowness == 1 else 1024, dtype)
-    passes = pass_rates(work[0].level, work[0].frames, dtype)
+    passes = pass_rates(work[0].level, work[0].frames, dtype) if work else []
     total, forms = sum(one.operations for one in work), []
     for level, frames, operations in work[: 2 if quick else None]:
         tell(f"forms at {level}")

@@ -6,29 +6,20 @@ when, and says, beside each, how much memory that takes.
 
 from __future__ import annotations
 
-import math
-import platform
-from dataclasses import dataclass, field, replace
-from itertools import product
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_vae_tiling.vae.backend_layers import CPULayerBackend, LayerBackend
+from mlx_vae_tiling.vae.backend_layers import LayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
-from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
 from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region
-from mlx_vae_tiling.vae.workspace import Workspace
 
 BackendName = Literal["cpu", "metal", "cuda"]
-
-BLOCK_ELEMENTS = 2**17
-"""How much the CPU activates at a time: a few copies of it fit into a core's cache."""
 
 
 class Taken(NamedTuple):
@@ -222,138 +213,3 @@ class Backend(LayerBackend):
             kept: are kept, in a copy if these are not all.
         """
         return itemsize * (made * (3 if repeats else 1) + kept)
-
-
-@dataclass(frozen=True)
-class CPUBackend(CPULayerBackend, Backend):
-    """Computes at once, step by step and frame by frame, so that the peak is small and always the same.
-
-    Args:
-        form: Pins a form of convolution.
-        workspace: Where NumPy's forms compute, outside of MLX; None for a new one each time.
-    """
-
-    name: BackendName = "cpu"
-    workspace: Workspace | None = field(default=None, compare=False)
-
-    def opened(self) -> CPUBackend:
-        return replace(self, workspace=Workspace())
-
-    @property
-    def pieces_ahead(self) -> int:
-        return 0
-
-    @property
-    def longest_evaluation_seconds(self) -> float:
-        return math.inf
-
-    @property
-    def forms(self) -> tuple[ConvolutionForm, ...]:
-        return ("numpy", "blocked")
-
-    def device(self) -> dict[str, int | str]:
-        return mx.device_info(mx.cpu)
-
-    def device_memory(self) -> None:
-        return None
-
-    def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
-        """The CPU wheel for Linux is linked to a reference BLAS, NumPy's to a fast one."""
-        return "numpy" if platform.system() == "Linux" else "blocked"
-
-    def settle(self, *arrays: mx.array) -> None:
-        mx.eval(*arrays)
-
-    def convolution(
-        self,
-        x: mx.array,
-        weight: mx.array,
-        bias: mx.array,
-        padding: Padding,
-        activation: Activation | None = None,
-        skip: mx.array | None = None,
-        first_frame: int = 0,
-    ) -> mx.array:
-        """In float32 one pass over rows in cache: what is activated and what is padded exist only there.
-
-        In half precision what is activated is rounded, as it is on other backends.
-        """
-        if not self._fuses(x.dtype.size):
-            return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
-        return convolve_numpy(
-            *(x, weight, bias),
-            replicas=padding.frames,
-            padding=(*padding.rows, *padding.columns),
-            mode=padding.mode,
-            activation="none" if activation is None else "norm_silu",
-            modulation=None if activation is None else activation.modulation,
-            residual=skip,
-            workspace=self.workspace,
-        )
-
-    def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-        if (self.form or self.default_form(x.dtype)) != "numpy":
-            return super().convolve(x, weight, bias)
-        return convolve_numpy(x, weight, bias, workspace=self.workspace)
-
-    def _fuses(self, itemsize: int) -> bool:
-        return (self.form or self.default_form(mx.float32)) == "numpy" and itemsize == 4
-
-    def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
-        """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
-        b, t, h, w, c = x.shape
-        first, top, left = padding.frames[0], padding.rows[0], padding.columns[0]
-        shape = (b, t + sum(padding.frames), h + sum(padding.rows), w + sum(padding.columns), c)
-        padded = mx.zeros(shape, x.dtype)
-        view = bits(padded)
-        rows = max(1, BLOCK_ELEMENTS // (b * w * c))
-        for index, start in product(range(t), range(0, h, rows)):
-            block = x[:, index : index + 1, start : start + rows]
-            block = block if activation is None else activation(block)
-            place = slice(top + start, top + start + block.shape[2])
-            view[:, first + index : first + index + 1, place, left : left + w] = bits(block)
-        if padding.mode == "reflect":
-            mirror(view, 2, padding.rows)
-            mirror(view, 3, padding.columns)
-        view[:, :first] = view[:, first : first + 1]
-        view[:, first + t :] = view[:, first + t - 1 : first + t]
-        return padded
-
-    def computed(self, x: mx.array) -> mx.array:
-        mx.eval(x)
-        return x
-
-    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """What comes out; unless in one pass also what goes in, which in half precision is cast."""
-        if self._fuses(itemsize):
-            return 4 * size.made
-        activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
-        convolving = 4 * (size.padded + size.made)
-        if itemsize == 2:
-            convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
-        return max(activating, convolving)
-
-    def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
-        return max(convolution, itemsize * made + shortcut)
-
-    def norm_bytes(self, given: int, itemsize: int) -> int:
-        # In float32, with the deviations from the mean and their squares.
-        return given * (4 * 4 if itemsize == 4 else 5 * 4)
-
-    def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
-        tiled = made + made // repeats if repeats else 0
-        return itemsize * (made + max(tiled, kept * (kept < made)))
-
-
-def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:
-    """NumPy's view of an array's buffer; of half-precision numbers, their 16 bits."""
-    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x, copy=False)
-
-
-def mirror(x: np.ndarray[Any, np.dtype[Any]], axis: int, amounts: tuple[int, int]) -> None:
-    """Fills the first and the last position of an axis with those beside their neighbours, or neither."""
-    x = np.moveaxis(x, axis, 0)
-    if amounts[0]:
-        x[0] = x[2]
-    if amounts[1]:
-        x[-1] = x[-3]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.backend import Backend, CPUBackend
+from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.cpu import CPUBackend
 from mlx_vae_tiling.vae.metal import MetalBackend
 
 CPU, METAL, CUDA = CPUBackend(), MetalBackend(), Backend("cuda")

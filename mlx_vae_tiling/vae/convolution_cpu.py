@@ -15,6 +15,7 @@ import numpy as np
 from mlx_vae_tiling.vae import winograd
 from mlx_vae_tiling.vae.blocks import PaddingMode
 from mlx_vae_tiling.vae.rows import Activation, Rows, row_buffers
+from mlx_vae_tiling.vae.winograd_kernel import TILE_HEIGHT, TILE_WIDTH
 from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
 
 CpuForm = Literal["columns", "shifts", "winograd"]
@@ -37,7 +38,7 @@ def choose_form(height: int, width: int, in_channels: int, out_channels: int) ->
     """
     if max(in_channels, out_channels) <= 32:
         return "shifts"
-    tiles = height // winograd.TILE_HEIGHT * (width // winograd.TILE_WIDTH)
+    tiles = height // TILE_HEIGHT * (width // TILE_WIDTH)
     return "winograd" if tiles >= WINOGRAD_TILES else "columns"
 
 
@@ -72,7 +73,7 @@ def convolve_rows(
         out: (T, H, W, O), contiguous: the result.
         form: How to compute; by default what `choose_form` says.
         residual: (T, H, W, O), added to the result.
-        transformed: What `winograd.transform` made of `weight`, for that form.
+        transformed: What `winograd_kernel.transform` made of `weight`, for that form.
         workspace: Where to compute; by default a new one.
         workers: Threads that compute; more than one is for a BLAS with one thread.
     """
@@ -126,12 +127,12 @@ def convolve_numpy(
         modulation: (shift, scale), each (B, 1, 1, 1, C) or (1, 1, 1, 1, C).
         residual: (B, T, H, W, O), added to the result.
         form: How to compute; by default what `choose_form` says.
-        transformed: What `winograd.transform` made of the weight, for that form.
+        transformed: What `winograd_kernel.transform` made of the weight, for that form.
         workspace: Where to compute; by default a new one.
         workers: Threads that compute; more than one is for a BLAS with one thread.
 
     Returns:
-        (B, T, H, W, O) in the dtype of x, evaluated.
+        (B, T, H, W, O) in the dtype of x, computed.
     """
     b, t, h, w, _ = x.shape
     (before, after), (top, bottom, left, right) = replicas, padding
@@ -153,9 +154,8 @@ def convolve_numpy(
             workspace=workspace,
             workers=workers,
         )
-    y = out.astype(x.dtype)
-    mx.eval(y)
-    return y
+    # Rounded by whoever evaluates it, when what went in is gone.
+    return out.astype(x.dtype)
 
 
 def _as_numpy(*arrays: mx.array) -> list[np.ndarray]:

@@ -36,6 +36,7 @@ def convolve(
     padding: Padding = NO_PADDING,
     *,
     reflected: bool = False,
+    given: Pointwise | None = None,
     before: Pointwise | None = None,
     skip: mx.array | None = None,
     first_frame: int = 0,
@@ -57,6 +58,7 @@ def convolve(
         form: The form.
         padding: Before and after the frames, rows and columns of x.
         reflected: Whether the padding is a reflection; else it is zeros.
+        given: What x is made by from the array that is passed for it. What is made here can go here.
         before: An operation on single numbers, applied to x first. Where a form copies x anyway, it
             costs no pass of its own.
         skip: (B, T, H, W, O), added to the result in the same pass as the bias.
@@ -69,19 +71,18 @@ def convolve(
     """
     if padding[0] != (0, 0):
         raise ValueError(f"frames cannot be padded by the convolution, got padding {padding}")
+    x = given(x) if given else x
     operands = operands_of(x, weight, padding, reflected)
     form = form_of(form, operands, block_bytes)
-
-    def ready(x: mx.array) -> mx.array:
-        x = before(x) if before else x
-        return mirrored(x, padding[1], padding[2]) if reflected else x
-
+    parts = _parts(operands.frames) if form == "folded" and operands.batch == 1 else 1
+    x = fold(x, parts) if parts > 1 else x
+    x = before(x) if before else x
+    x = mirrored(x, padding[1], padding[2]) if reflected else x
     left = NO_PADDING if reflected else padding
     if form == "folded":
-        return _folded(x, weight, bias, left, ready, skip, _kernels(operands))
+        return _folded(x, weight, bias, left, skip, operands)
     if form == "stock":
-        return _stock(x, weight, bias, left, ready, skip)
-    x = ready(x)
+        return _add(_general(x, weight, left), bias, skip)
     mx.eval(x)  # what it was made from can go before the products begin
     if form == "gemm":
         return _gemm(x, weight, bias, left, skip)
@@ -173,17 +174,6 @@ def _general(x: mx.array, weight: mx.array, padding: Padding, stride: int = 1) -
     return mx.conv_general(x, weight, stride=(stride, 1, 1), padding=(low, high))
 
 
-def _stock(
-    x: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    padding: Padding,
-    ready: Pointwise,
-    skip: mx.array | None,
-) -> mx.array:
-    return _add(_general(ready(x), weight, padding), bias, skip)
-
-
 def _parts(frames: int) -> int:
     """The smallest number of parts, above one, into which the frames divide evenly."""
     return next((n for n in range(2, math.isqrt(frames) + 1) if frames % n == 0), frames)
@@ -202,30 +192,26 @@ def _folded(
     weight: mx.array,
     bias: mx.array,
     padding: Padding,
-    ready: Pointwise,
     skip: mx.array | None,
-    count: int,
+    operands: Operands,
 ) -> mx.array:
-    """Parts of equal length, so that undoing it costs nothing; by `count` kernels, evaluated one by one.
+    """x in parts of equal length, so that undoing it costs nothing; long kernels one by one.
 
     MLX splits a batch of one with temporal stride 1 into two-dimensional convolutions, and takes
     the implicit GEMM for everything else: also for a single frame with a stride that never applies.
     """
-    b, frames, *_ = x.shape
-    parts = _parts(frames - 2) if b == 1 and frames > 3 else 1
-    x = ready(fold(x, parts) if parts > 1 else x)
-    stride = 2 if frames == 3 else 1
+    stride, count = 2 if operands.frames == 1 else 1, _kernels(operands)
     if count == 1:
         y = _general(x, weight, padding, stride)
     else:
-        x, made = mx.contiguous(x), []
+        # What is folded but in no pass yet is copied once, not for each kernel.
+        x, made = mx.contiguous(x) if len(x) > operands.batch else x, []
         for low, high in pairwise(len(weight) * i // count for i in range(count + 1)):
             made.append(_general(x, weight[low:high], padding, stride))
             mx.eval(made[-1])
-        del x
         y = mx.concatenate(made, axis=-1)
         del made
-    return _add(y.reshape(b, frames - 2, *y.shape[2:]), bias, skip)
+    return _add(y.reshape(operands.batch, operands.frames, *y.shape[2:]), bias, skip)
 
 
 def _kernels(operands: Operands) -> int:

@@ -86,7 +86,13 @@ class Conv3d(nn.Module):
             (Read(producer, need),),
             self._out,
             self.operations,
+            self.kernel,
         )
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Channels in and out."""
+        return self._in, self._out
 
     @property
     def operations(self) -> int:
@@ -184,6 +190,7 @@ class ResnetBlock3D(nn.Module):
                 (Read(producer, need),),
                 self._out,
                 self.conv1.operations,
+                self.conv1.kernel,
             ),
             Step(
                 partial(self._second, need=need, activation=second),
@@ -191,6 +198,7 @@ class ResnetBlock3D(nn.Module):
                 (Read(producer + 1, need), Read(producer, Same())),
                 self._out,
                 self.conv2.operations,
+                self.conv2.kernel,
             ),
         ]
 

@@ -80,12 +80,13 @@ class MetalBackend(Backend):
         if form not in get_args(gpu.GPUForm):
             return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
         return gpu.convolve(
-            replicate(x if activation is None else pixel_norm(x), padding.frames),
+            x,
             weight,
             bias,
             cast(gpu.GPUForm, form),
             ((0, 0), padding.rows, padding.columns),
             reflected=padding.mode == "reflect",
+            given=lambda x: replicate(x if activation is None else pixel_norm(x), padding.frames),
             before=None if activation is None else activation.after_norm,
             skip=skip,
             first_frame=first_frame,

@@ -85,8 +85,8 @@ _VERSIONS = (
 PUBLISHED = {version.name: version for version in _VERSIONS}
 """The versions by name."""
 
-NAMES = {name: version for version in _VERSIONS for name in (version.name, *version.other_names)}
-"""The versions by every name that Python and the command line take."""
+NAMES = tuple(name for version in _VERSIONS for name in (version.name, *version.other_names))
+"""Every name that Python and the command line take."""
 
 
 def published_version(name: str) -> Published:
@@ -95,8 +95,8 @@ def published_version(name: str) -> Published:
     Raises:
         ValueError: If there is none.
     """
-    for key, version in NAMES.items():
-        if name in (key, version.title):
+    for version in PUBLISHED.values():
+        if name in (version.name, version.title, *version.other_names):
             return version
     raise ValueError(f"config by name must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
 

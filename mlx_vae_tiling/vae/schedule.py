@@ -36,6 +36,7 @@ class Step(NamedTuple):
         reads: What it reads; the first is its main input, which is at most as far upsampled as itself.
         channels: Of its output.
         operations: Multiplications and additions per position of its output.
+        kernel: Channels in and out, where it is a 3x3x3 convolution, which comes in several forms.
     """
 
     compute: Callable[[Sequence[mx.array], Where], mx.array]
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     reads: tuple[Read, ...]
     channels: int
     operations: int = 0
+    kernel: tuple[int, int] | None = None
 
 
 class Compute(NamedTuple):

@@ -59,7 +59,8 @@ class FrameConvolution(nn.Module):
         """What a 3x3 call takes, its result included."""
         t, h, w = (span.length for span in where.output)
         padded, made = where.batch * t * (h + 2) * (w + 2) * self._in, where.batch * t * h * w * self._out
-        return where.backend.frame_convolution_bytes(padded, made, self.weight.size, where.dtype.size)
+        weights, itemsize = self.weight.size, where.dtype.size
+        return where.backend.frame_convolution_bytes(where.batch * t, padded, made, weights, itemsize)
 
 
 class MemoryBlock(nn.Module):

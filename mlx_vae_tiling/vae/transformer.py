@@ -24,6 +24,9 @@ from mlx_vae_tiling.vae.schedule import Read, Step
 
 EPS = 1e-6
 Inputs = Sequence[mx.array]
+Computed = Callable[[mx.array], mx.array]
+"""Evaluates where that keeps the memory small, and the same each time."""
+
 Modulation = tuple[mx.array, mx.array]
 """What a normalised input is multiplied by, less 1, and what is added to it: (C,) each."""
 
@@ -38,15 +41,17 @@ class NeighbourhoodAttention(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
         self._channels, self._head_dim = channels, head_dim
 
-    def queries(self, x: mx.array, region: Region) -> mx.array:
+    def queries(self, x: mx.array, region: Region, computed: Computed) -> mx.array:
         """(B, T, H, W, C) to (B, T, H, W, heads, D), scaled."""
-        q = self._projected(x, 0, 1)[..., 0, :, :]
-        return rotated(self.q_norm(q) * self._head_dim**-0.5, rotary_factors(region, self._head_dim))
+        q = computed(self._projected(x, 0, 1)[..., 0, :, :])
+        q = computed(self.q_norm(q) * self._head_dim**-0.5)
+        return computed(rotated(q, rotary_factors(region, self._head_dim)))
 
-    def keys_and_values(self, x: mx.array, region: Region) -> mx.array:
+    def keys_and_values(self, x: mx.array, region: Region, computed: Computed) -> mx.array:
         """(B, T, H, W, C) to (B, T, H, W, 2, heads, D)."""
-        kv = self._projected(x, 1, 3)
-        k = rotated(self.k_norm(kv[..., 0, :, :]), rotary_factors(region, self._head_dim))
+        kv = computed(self._projected(x, 1, 3))
+        k = computed(self.k_norm(kv[..., 0, :, :]))
+        k = computed(rotated(k, rotary_factors(region, self._head_dim)))
         return mx.stack([k, kv[..., 1, :, :]], axis=-3)
 
     def _projected(self, x: mx.array, first: int, last: int) -> mx.array:
@@ -125,7 +130,8 @@ class NABlock(nn.Module):
     def _keys(self, inputs: Inputs, where: Where, modulation: Modulation | None) -> mx.array:
         def compute(part: Region) -> mx.array:
             x = inputs[0][:, part.time.inside(where.output.time)]
-            kv = self.attn.keys_and_values(modulated(self.norm1(x), modulation), part)
+            normed = where.backend.computed(modulated(self.norm1(x), modulation))
+            kv = self.attn.keys_and_values(normed, part, where.backend.computed)
             return kv.reshape(*x.shape[:-1], -1)
 
         return by_frames(compute, where.output, self._frames_at_once(where))
@@ -149,8 +155,10 @@ class NABlock(nn.Module):
         def compute(part: Region) -> mx.array:
             frames = part.time.inside(where.output.time)
             x = inputs[1][:, frames]
-            q = self.attn.queries(modulated(self.norm1(x), modulations[0]), part)
+            normed = where.backend.computed(modulated(self.norm1(x), modulations[0]))
+            q = self.attn.queries(normed, part, where.backend.computed)
             mx.eval(q)
+            del normed
             a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], block, pairs)
             x = x + self.attn.proj(a.reshape(x.shape))
             mx.eval(x)

@@ -13,7 +13,6 @@ same shape however many frames a call computes: a frame's bytes do not depend on
 from __future__ import annotations
 
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +20,17 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_vae_tiling.vae.rows import Rows, row_buffers
+from mlx_vae_tiling.vae.winograd_kernel import (
+    INPUT,
+    OUTPUT,
+    PRODUCTS,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    kernel_shapes,
+    part_of,
+    transform,
+)
 from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
-
-TILE_HEIGHT, TILE_WIDTH = 4, 2
-PRODUCTS = (TILE_HEIGHT + 2) * (TILE_WIDTH + 2)
 
 TILES_PER_BLOCK = 192
 """Rows of each matrix that is multiplied: with fewer BLAS is slower, with more the caches are."""
@@ -32,37 +38,8 @@ TILES_PER_BLOCK = 192
 WEIGHT_BYTES = 24 * 2**20
 """Bound of the transformed weights of one pass, which are those of some output channels."""
 
-KERNEL_FLOATS = 2**16
-"""Transformed numbers of a kernel that are made at a time: within a core's cache."""
-
-LINE_FLOATS = 16
-
 FRAME_BYTES = 32 * 2**20
 """Bound of the transformed frames of one block of rows, for three frames at least."""
-
-
-def _interpolation(points: tuple[float, ...], scales: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Matrices of F(m, 3) by Toom and Cook: of the output (m, n), the kernel (n, 3) and the input (n, n).
-
-    Args:
-        points: n - 1 finite points; the last is infinity.
-        scales: n factors that move from the input's matrix to the kernel's.
-    """
-    n = len(points) + 1
-    output, kernel, inputs = np.zeros((n - 2, n)), np.zeros((n, 3)), np.zeros((n, n))
-    for i, point in enumerate(points):
-        others = np.delete(points, i)
-        inputs[i, : n - 1] = np.poly(others)[::-1]
-        kernel[i] = point ** np.arange(3) / np.prod(point - others)
-        output[:, i] = point ** np.arange(n - 2)
-    inputs[-1], kernel[-1, -1], output[-1, -1] = np.poly(points)[::-1], 1, 1
-    return output, kernel * np.array(scales)[:, None], inputs / np.array(scales)[:, None]
-
-
-_OUTPUT, _KERNEL_HEIGHT, _INPUT = _interpolation((0, 11 / 16, -11 / 16, 3 / 2, -3 / 2), (1, 2, 2, 1, 1, 2))
-_KERNEL_WIDTH = np.array([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]])
-_OUTPUT, _INPUT = _OUTPUT.astype(np.float32), _INPUT.astype(np.float32)
-_KERNEL = np.kron(_KERNEL_HEIGHT, _KERNEL_WIDTH).astype(np.float32)
 
 
 class Cut(NamedTuple):
@@ -108,39 +85,8 @@ def workspace_bytes(
     """What `convolve` takes of its workspace for (frames, height, width) outputs."""
     shape = cut(height, width, in_channels, out_channels)
     together = _together(shape, frames, in_channels, workers)
-    kernel = [] if transformed else _kernel_shapes(shape.outputs, in_channels)
+    kernel = [] if transformed else kernel_shapes(shape.outputs, in_channels)
     return bytes_of(*kernel, *_buffer_shapes(shape, together, width, in_channels) * workers)
-
-
-def transform(
-    weight: np.ndarray, *, out: np.ndarray | None = None, scratch: np.ndarray | None = None
-) -> np.ndarray:
-    """The kernel as matrices.
-
-    Args:
-        weight: (O, 3, 3, 3, C).
-        out: (24, 3 * C, O) for the result, and
-        scratch: (9, n, O) for n input channels at a time; by default both are new.
-
-    Returns:
-        (24, 3 * C, O): by product; tap in time and input channel; output channel.
-    """
-    outputs, channels = len(weight), weight.shape[-1]
-    if out is None or scratch is None:
-        out, scratch = (np.empty(shape, np.float32) for shape in _kernel_shapes(outputs, channels))
-    taps = weight.reshape(outputs, 3, 9, channels).transpose(1, 2, 3, 0)
-    split = out.reshape(PRODUCTS, 3, channels, outputs)
-    for t in range(3):
-        for c in range(0, channels, scratch.shape[1]):
-            part = taps[t, :, c : c + scratch.shape[1]]
-            piece = _part(scratch, part.shape)
-            for o in range(0, outputs, LINE_FLOATS):  # of whole lines of cache, or it is read in vain
-                piece[..., o : o + LINE_FLOATS] = part[..., o : o + LINE_FLOATS]
-            step = max(1, KERNEL_FLOATS // (PRODUCTS * outputs))
-            for k in range(0, piece.shape[1], step):
-                target = split[:, t, c + k : c + min(k + step, piece.shape[1])].reshape(PRODUCTS, -1)
-                np.matmul(_KERNEL, piece[:, k : k + step].reshape(9, -1), out=target)
-    return out
 
 
 def convolve(
@@ -170,7 +116,7 @@ def convolve(
     channels = weight.shape[-1]
     shape = cut(height, width, channels, out_channels)
     together = _together(shape, frames, channels, workers)
-    kernel = [] if transformed is not None else _kernel_shapes(shape.outputs, channels)
+    kernel = [] if transformed is not None else kernel_shapes(shape.outputs, channels)
     own = _buffer_shapes(shape, together, width, channels)
     arrays = (workspace or Workspace()).take(*kernel, *own * workers)
     buffers = [_Buffers(*arrays[i : i + len(own)]) for i in range(len(kernel), len(arrays), len(own))]
@@ -180,7 +126,7 @@ def convolve(
     for first in range(0, out_channels, shape.outputs):
         part = slice(first, min(first + shape.outputs, out_channels))
         if transformed is None:
-            matrices = _part(arrays[0], (PRODUCTS, 3 * channels, part.stop - part.start))
+            matrices = part_of(arrays[0], (PRODUCTS, 3 * channels, part.stop - part.start))
             transform(weight[part], out=matrices, scratch=arrays[1])
         else:
             matrices = transformed[..., part]
@@ -214,20 +160,11 @@ def _buffer_shapes(shape: Cut, together: int, width: int, channels: int) -> list
     ]
 
 
-def _kernel_shapes(outputs: int, channels: int) -> list[Shape]:
-    return [(PRODUCTS, 3 * channels, outputs), (9, min(channels, 4 * LINE_FLOATS), outputs)]
-
-
 def _together(shape: Cut, frames: int, channels: int, workers: int) -> int:
     """Output frames that share their transformed inputs in a block."""
     fit = FRAME_BYTES // (4 * PRODUCTS * shape.rows * shape.columns * channels) - 2
     even = frames if len(shape.blocks) >= 2 * workers else -(-frames // workers)
     return max(1, min(fit, even))
-
-
-def _part(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """The beginning of a contiguous array as an array of another shape."""
-    return array.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _share(work: _Pass, jobs: list[Job], buffers: list[_Buffers]) -> None:
@@ -275,11 +212,11 @@ class _Pass:
         filtered = buffers.filtered
         flat = filtered.reshape(TILE_HEIGHT + 2, -1)[:, : width * channels]
         slots = buffers.transformed.shape[-2]
-        v = _part(buffers.transformed, (6, 4, len(tops), self.columns, slots, channels))[..., slot, :]
+        v = part_of(buffers.transformed, (6, 4, len(tops), self.columns, slots, channels))[..., slot, :]
         a, b, c, d = (filtered[:, i : i + 2 * self.columns - 1 : 2] for i in range(4))
         for i, top in enumerate(tops):
             six = read[top - tops[0] :][: TILE_HEIGHT + 2]
-            np.matmul(_INPUT, six.reshape(TILE_HEIGHT + 2, -1), out=flat)
+            np.matmul(INPUT, six.reshape(TILE_HEIGHT + 2, -1), out=flat)
             np.subtract(a, c, out=v[:, 0, i])
             np.add(b, c, out=v[:, 1, i])
             np.subtract(c, b, out=v[:, 2, i])
@@ -289,22 +226,22 @@ class _Pass:
         """Matrices whose rows are tiles, from three frames that lie beside each other."""
         slots, channels = buffers.transformed.shape[-2:]
         tiles, outputs = (block[1] - block[0]) * self.columns, self.matrices.shape[-1]
-        v = _part(buffers.transformed, (PRODUCTS, tiles, slots * channels))
-        products = _part(buffers.products, (PRODUCTS, tiles, outputs))
+        v = part_of(buffers.transformed, (PRODUCTS, tiles, slots * channels))
+        products = part_of(buffers.products, (PRODUCTS, tiles, outputs))
         np.matmul(v[..., slot * channels : (slot + 3) * channels], self.matrices, out=products)
 
     def _write_frame(self, t: int, block: tuple[int, int], buffers: _Buffers) -> None:
         tops, outputs = self._tops(block), self.matrices.shape[-1]
         size = len(tops) * self.columns * outputs
-        p = _part(buffers.products, (6, 4, size))
-        narrowed = _part(buffers.narrowed, (2, 6, size))
+        p = part_of(buffers.products, (6, 4, size))
+        narrowed = part_of(buffers.narrowed, (2, 6, size))
         even, odd = narrowed
         np.add(p[:, 1], p[:, 2], out=even)
         even += p[:, 0]
         np.subtract(p[:, 1], p[:, 2], out=odd)
         odd -= p[:, 3]
-        flat = _part(buffers.products, (2, TILE_HEIGHT, size))  # which are used up
-        np.matmul(_OUTPUT, narrowed, out=flat)
+        flat = part_of(buffers.products, (2, TILE_HEIGHT, size))  # which are used up
+        np.matmul(OUTPUT, narrowed, out=flat)
         tiles = flat.reshape(2, TILE_HEIGHT, len(tops), self.columns, outputs)
         for i, top in enumerate(tops):
             start = TILE_HEIGHT * (block[0] + i)  # what lies above it another tile has written

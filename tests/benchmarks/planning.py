@@ -93,7 +93,7 @@ CASES = [
     Case("ltx-2", 8, (17, 4, 6), "float32", "1GB", None, FROM_8_TO_40),
     Case("ltx-2", 4, (33, 3, 4), "float32", "2.6MB", None, Window(slice(121, 136))),
     Case("ltx-2.3", 8, (5, 9, 16), "bfloat16", "1GB", None, Window(height=slice(96, 192))),
-    Case("ltx-2.3", 8, (5, 9, 16), "float32", "14MB", None, Window(height=slice(96, 192))),
+    Case("ltx-2.3", 8, (5, 9, 16), "float32", "18MB", None, Window(height=slice(96, 192))),
     Case("ltx-2", 8, (5, 9, 16), "float16", "1GB", None, Window(None, slice(96, 192), slice(100, 333))),
     Case("ltx-2", 8, (9, 9, 16), "bfloat16", "11MB", None, Window(slice(8, 30), slice(96, 192))),
     Case("ltx-0.9.0", 8, (9, 4, 5), "float32", "1GB"),
