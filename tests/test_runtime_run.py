@@ -515,12 +515,12 @@ def test_an_unfinished_output_without_a_journal(decoder, latents, tmp_path, monk
 
 def test_what_is_kept_is_asked_only_where_nobody_writes(decoder, latents, tmp_path, monkeypatch):
     """Looking into an unfinished output cuts off its end."""
-    path, found, write = tmp_path / "out.npy", [], VideoWriter.write
+    path, found, write, looked = tmp_path / "out.npy", [], VideoWriter.write, Mock()
     with monkeypatch.context() as patch:
-        patch.setattr(output, "unfinished_frames", None)
+        patch.setattr(output, "unfinished_frames", looked)
         patch.setattr(VideoWriter, "write", lambda *a: found.append(output.kept_frames(path)) or write(*a))
         decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"])
-    assert found and set(found) == {None}
+    assert found and set(found) == {None} and not looked.called
 
 
 def test_the_sound_of_a_window(decoder, latents, tmp_path):

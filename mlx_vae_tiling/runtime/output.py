@@ -182,7 +182,7 @@ def kept_frames(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
 
 
 def finished_share(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
-    """As `kept_frames`, for the process that holds the folder."""
+    """As `kept_frames`, for the process that holds the folder; nothing that cannot be read is kept."""
     folder = store_folder(path)
     try:
         told = json.loads((folder / "journal.json").read_text())
