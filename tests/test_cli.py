@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import wave
 
 import mlx.core as mx
 import numpy as np
@@ -210,7 +212,7 @@ def test_interrupted_and_resumed(shot, monkeypatch, capsys):
         patch.setattr(video.VideoWriter, "write", write_once)
         assert decode("-o", "shot.npy", "-q", "--memory", "30MB") == 130
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "of the decode is kept in shot.npy.partial, --resume" in err
+    assert err.count("\n") == 1 and "of the decode is kept in shot.partial.npy, --resume" in err
     assert decode("-o", "shot.npy", "-q") == 2
     assert "--resume" in capsys.readouterr().err
     # Another part of the video is another decode, although it has the same size.
@@ -220,6 +222,38 @@ def test_interrupted_and_resumed(shot, monkeypatch, capsys):
     assert "from before" in capsys.readouterr().out
     assert np.abs(np.load("shot.npy").astype(int) - np.load("whole.npy")).max() <= 1
     assert not os.path.exists("shot.npy.partial")
+
+
+def test_existing_outputs_and_the_input_stay(shot, latents, capsys):
+    (shot / "shot.npy").write_text("old")
+    assert decode("-o", "shot.npy", "-q") == 2
+    assert "--overwrite" in capsys.readouterr().err and (shot / "shot.npy").read_text() == "old"
+    assert decode("-o", "shot.npy", "-q", "--overwrite") == 0
+    assert np.load("shot.npy").shape == (9, 96, 128, 3)
+    np.save("latents.npy", np.array(latents))
+    os.symlink("latents.npy", "link.npy")
+    before = (shot / "latents.npy").read_bytes()
+    for name in ("latents.npy", "link.npy"):
+        assert run("decode", "latents.npy", "--vae", "demo", "-o", name, "-q", "--overwrite") == 2
+        assert "must be different files" in capsys.readouterr().err
+    assert (shot / "latents.npy").read_bytes() == before
+
+
+def test_sound(shot, capsys):
+    import av
+
+    with wave.open("sound.wav", "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"\0\1" * 8000)
+    assert decode("-o", "shot.mp4", "-q", "--audio", "sound.wav", "--fps", "9") == 0
+    assert capsys.readouterr().err == ""
+    with av.open("shot.mp4") as video:
+        assert video.streams.audio[0].codec_context.name == "aac"
+    assert decode("-o", "short.mp4", "-q", "--audio", "sound.wav", "--fps", "3") == 0
+    told = (
+        "mlx-vae-tiling: warning: .*sound.wav has 1.00 s of sound for a clip of 3.00 s: the end is silent\n"
+    )
+    assert re.fullmatch(told, capsys.readouterr().err)
 
 
 def test_interrupted_before_the_first_frame_keeps_nothing(shot, monkeypatch, capsys):

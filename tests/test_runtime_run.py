@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import wave
 from itertools import islice
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import av
 import mlx.core as mx
@@ -17,7 +20,11 @@ import pytest
 from vae_cases import joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
-from mlx_vae_tiling.runtime import job, run, store
+from mlx_vae_tiling.media import npy
+from mlx_vae_tiling.media.audio import AudioWarning
+from mlx_vae_tiling.media.video import unfinished_frames
+from mlx_vae_tiling.media.writer import VideoWriter
+from mlx_vae_tiling.runtime import job, journal, output, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.options import Noise
@@ -362,7 +369,7 @@ def test_tiles_and_halos_see_the_noise_of_the_whole_video(tiling, monkeypatch):
 
 def written(decoder, latents, path, **options):
     report = decode_to_file(decoder, latents, path, **options)
-    assert not path.with_name(path.name + ".partial").exists()
+    assert not [name for name in os.listdir(path.parent) if "partial" in name]
     return report, np.load(path)
 
 
@@ -389,43 +396,169 @@ def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_fills_up_loses_nothing(decoder, latents, tmp_path, monkeypatch):
-    path, options = tmp_path / "out.npy", {"memory_limit": LIMITS["streamed"]}
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_disk_that_fills_up_loses_nothing(decoder, latents, limit, tmp_path, monkeypatch):
+    path, options = tmp_path / "out.npy", {"memory_limit": LIMITS[limit]}
     expected = frames_of(decoder, latents, **options)
-    write, calls = os.pwrite, []
+    place, name, most = (npy, "_flush", 4) if limit == "streamed" else (store.os, "pwrite", 30)
+    write, calls = getattr(place, name), []
     with monkeypatch.context() as patch:
         patch.setattr(
-            store.os, "pwrite", lambda *a: full_disk() if len(calls) > 11 else calls.append(1) or write(*a)
+            place, name, lambda *a: full_disk() if len(calls) > most else calls.append(1) or write(*a)
         )
         with pytest.raises(OSError, match="No space left"):
             decode_to_file(decoder, latents, path, **options)
-    kept = json.loads((tmp_path / "out.npy.partial" / "journal.json").read_text())["done"]
-    assert 0 < kept[0] <= 12
+    kept = finished_frames(path)
+    assert 0 < min(kept) < 25
     report, frames = written(decoder, latents, path, resume=True, **options)
-    assert report.resumed_frames == kept[0]
+    assert report.resumed_frames == min(kept)
     assert (frames == expected).all()
 
 
 def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
-    needed = 25 * 128 * 96 * 3
-    for suffix, copies in (("npy", 2), ("mp4", 1)):
-        free = SimpleNamespace(free=copies * needed - 1)
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: free)
-        # The decode must not begin.
-        monkeypatch.setattr(VideoDecoder, "run", None)
-        with pytest.raises(OSError, match=f"need {copies * needed} bytes"):
-            decode_to_file(decoder, latents, tmp_path / f"out.{suffix}")
+    """Several windows keep their frames beside the output; how large H.264 gets nobody knows before."""
+    raw, array = 25 * 128 * 96 * 3, 25 * 128 * 96 * 3 + 128
+    cases = ("npy", "whole", array), ("npy", "windows", raw + array), ("mp4", "windows", raw)
+    for suffix, limit, needed in cases:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, n=needed: SimpleNamespace(free=n - 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoDecoder, "run", None)  # the decode must not begin
+            with pytest.raises(OSError, match=f"need {needed} bytes"):
+                decode_to_file(decoder, latents, tmp_path / f"out.{suffix}", memory_limit=LIMITS[limit])
     assert [entry.name for entry in tmp_path.iterdir()] == ["temporary"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert decode_to_file(decoder, latents, tmp_path / "out.mp4", memory_limit="1GB").frames == 25
+
+
+def test_the_disk_never_holds_twice_a_video(decoder, latents, tmp_path, monkeypatch):
+    """Nothing lies beside the output while it is made, but for the journal."""
+    path, write, taken = tmp_path / "out.mp4", VideoWriter.write, []
+
+    def measured(writer, frames):
+        write(writer, frames)
+        while writer._queue.qsize():
+            time.sleep(0.001)
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        taken.append(sum(file.stat().st_size for file in files))
+
+    monkeypatch.setattr(VideoWriter, "write", measured)
+    decode_to_file(decoder, latents, path, fps=4, quality=1, memory_limit=LIMITS["streamed"])
+    assert len(taken) > 3 and max(taken) < 2 * path.stat().st_size
+
+
+def test_an_output_is_replaced_only_when_told_and_complete(decoder, latents, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    np.save(path, np.zeros(3))
+    old = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"exists already; replace it \(overwrite=True, --overwrite\)"):
+        decode_to_file(decoder, latents, path)
+    assert sorted(os.listdir(tmp_path)) == ["out.npy", "temporary"]
+    interrupted(decoder, latents, path, monkeypatch, overwrite=True)
+    assert path.read_bytes() == old and finished_frames(path) > [0]
+    # Begun again, and then continued: that the output may be replaced was said when it was begun.
+    interrupted(decoder, latents, path, monkeypatch, overwrite=True, frame=20)
+    report, frames = written(decoder, latents, path, resume=True, memory_limit=LIMITS["streamed"])
+    assert report.resumed_frames > 12
+    assert_rounded(frames, decoder(latents))
+
+
+def test_another_file_that_has_come_meanwhile_is_not_replaced(decoder, latents, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    interrupted(decoder, latents, path, monkeypatch)
+    np.save(path, np.zeros(3))
+    with pytest.raises(FileExistsError, match="exists already"):
+        decode_to_file(decoder, latents, path, resume=True, memory_limit=LIMITS["streamed"])
+    assert len(np.load(path)) == 3 and finished_frames(path) > [0]
+
+
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+@pytest.mark.parametrize("name", ["out.npy", "out.mp4", "out_%d.png"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_killed_when_all_was_written(decoder, latents, limit, name, earlier, tmp_path, monkeypatch):
+    """An output that has its name is complete, although its journal is there still; an older one is not."""
+    path, options = tmp_path / name, {"memory_limit": LIMITS[limit]}
+    if earlier:
+        decode_to_file(decoder, latents[:, :, :2], path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "remove", Mock(side_effect=KeyboardInterrupt))
+        decode_to_file(decoder, latents, path, overwrite=earlier, **options)
+    before = {file: file.read_bytes() for file in tmp_path.glob("out*") if file.is_file()}
+    assert list(tmp_path.glob("*.partial"))
+    with pytest.raises(ValueError, match="seed"):
+        decode_to_file(decoder, latents, path, resume=True, seed=1, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoDecoder, "run", None)
+        report = decode_to_file(decoder, latents, path, resume=True, **options)
+    assert (report.frames, report.resumed_frames) == (25, 25)
+    assert {file: file.read_bytes() for file in tmp_path.glob("out*")} == before
+
+
+def test_an_older_output_is_not_taken_for_a_complete_one(decoder, latents, tmp_path, monkeypatch):
+    path, options = tmp_path / "out.npy", {"memory_limit": LIMITS["windows"]}
+    np.save(path, np.zeros(3))
+    # One window is finished, and no frame of the output yet.
+    interrupted(decoder, latents, path, monkeypatch, overwrite=True, **options)
+    assert unfinished_frames(path) is None
+    report, frames = written(decoder, latents, path, resume=True, **options)
+    assert report.frames == len(frames) == 25
+
+
+def test_an_unfinished_output_without_a_journal(decoder, latents, tmp_path, monkeypatch):
+    path = tmp_path / "out.npy"
+    shutil.rmtree(interrupted(decoder, latents, path, monkeypatch))
+    for resume, told in ((False, "unfinished output"), (True, "not of which decode; begin again")):
+        with pytest.raises(FileExistsError, match=told):
+            decode_to_file(decoder, latents, path, resume=resume)
+    _, frames = written(decoder, latents, path, overwrite=True, resume=True)
+    assert_rounded(frames, decoder(latents))
+
+
+def test_what_is_kept_is_asked_only_where_nobody_writes(decoder, latents, tmp_path, monkeypatch):
+    """Looking into an unfinished output cuts off its end."""
+    path, found, write, looked = tmp_path / "out.npy", [], VideoWriter.write, Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "unfinished_frames", looked)
+        patch.setattr(VideoWriter, "write", lambda *a: found.append(output.kept_frames(path)) or write(*a))
+        decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"])
+    assert found and set(found) == {None} and not looked.called
+
+
+def test_the_sound_of_a_window(decoder, latents, tmp_path):
+    """Frames 8 to 24 of 25 at 8 frames a second: one tone ends and another begins at frame 16."""
+    rate = 8000
+    at = np.arange(rate * 25 // 8) / rate
+    tone = 8000 * np.sin(2 * np.pi * np.where(at < 2, 500, 1500) * at)
+    with wave.open(str(tmp_path / "clip.wav"), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(tone.astype("<i2").tobytes())
+    options = {"fps": 8, "audio": tmp_path / "clip.wav", "window": Window(slice(8, 24))}
+    decode_to_file(decoder, latents, tmp_path / "out.mov", codec="h264", **options)
+    with av.open(tmp_path / "out.mov") as video:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in video.decode(audio=0)])
+    assert abs(len(heard) - 2 * rate) <= 256
+    for start, pitch in ((0, 500), (1, 1500)):
+        second = heard[start * rate + 500 : start * rate + 7500]
+        assert np.abs(np.fft.rfft(second)).argmax() * rate / 7000 == pytest.approx(pitch, abs=2)
+    with pytest.warns(AudioWarning, match=r"3.12 s of sound for a clip of 2.50 s"):
+        decode_to_file(decoder, latents, tmp_path / "fast.mov", codec="h264", **options | {"fps": 10})
+    with pytest.raises(ValueError, match="audio is for"):
+        decode_to_file(decoder, latents, tmp_path / "out.npy", audio=tmp_path / "clip.wav")
 
 
 def test_a_path_that_cannot_be_written_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_decode", None)
+    monkeypatch.setattr(run, "_with_progress", None)
     (tmp_path / "file").touch()
     for path in (tmp_path / "nowhere" / "out.npy", tmp_path / "file" / "out.npy"):
         with pytest.raises(OSError, match="no such directory"):
             decode_to_file(decoder, latents, path)
     with pytest.raises(ValueError, match="path must end in"):
         decode_to_file(decoder, latents, tmp_path / "out.webm")
+
+
+def finished_frames(path):
+    """Of each part of an unfinished decode."""
+    done = json.loads((path.with_name(path.name + ".partial") / "journal.json").read_text())["done"]
+    return done or [unfinished_frames(path)[1]]
 
 
 def interrupted(decoder, latents, path, monkeypatch, frame=12, **options):
@@ -440,9 +573,9 @@ def interrupted(decoder, latents, path, monkeypatch, frame=12, **options):
 @pytest.mark.parametrize("second_limit", LIMITS)
 def test_resume_gives_the_same_frames(decoder, latents, limit, second_limit, tmp_path, monkeypatch):
     path = tmp_path / "out.npy"
-    _, expected = written(decoder, latents, path, memory_limit=LIMITS[limit])
-    folder = interrupted(decoder, latents, path, monkeypatch, memory_limit=LIMITS[limit])
-    done = json.loads((folder / "journal.json").read_text())["done"]
+    _, expected = written(decoder, latents, tmp_path / "expected.npy", memory_limit=LIMITS[limit])
+    interrupted(decoder, latents, path, monkeypatch, memory_limit=LIMITS[limit])
+    done = finished_frames(path)
     assert max(done) > 0 and min(done) < 25
     options = {"memory_limit": LIMITS[second_limit], "resume": True}
     if limit == "streamed" and second_limit == "windows":
@@ -457,9 +590,9 @@ def test_resume_gives_the_same_frames(decoder, latents, limit, second_limit, tmp
 
 def test_ctrl_c_leaves_a_playable_file(decoder, latents, tmp_path, monkeypatch):
     path = tmp_path / "out.mp4"
-    folder = interrupted(decoder, latents, path, monkeypatch)
-    done = json.loads((folder / "journal.json").read_text())["done"][0]
-    with av.open(path) as video:
+    interrupted(decoder, latents, path, monkeypatch)
+    (done,) = finished_frames(path)
+    with av.open(tmp_path / "out.partial.mp4") as video:
         assert sum(1 for _ in video.decode(video=0)) == done > 0
     decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"], resume=True)
     with av.open(path) as video:
@@ -469,7 +602,7 @@ def test_ctrl_c_leaves_a_playable_file(decoder, latents, tmp_path, monkeypatch):
 def test_resume_of_blended_tiles_and_of_a_halo(decoder, latents, tmp_path, monkeypatch):
     tiling = TilingConfig.temporal_only(16, 8)
     path, options = tmp_path / "out.npy", {"tiling": tiling, "memory_limit": "1GB"}
-    _, expected = written(decoder, latents, path, **options)
+    _, expected = written(decoder, latents, tmp_path / "expected.npy", **options)
     stream = VideoDecoder.run_tiled
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(
@@ -481,7 +614,8 @@ def test_resume_of_blended_tiles_and_of_a_halo(decoder, latents, tmp_path, monke
     report, frames = written(decoder, latents, path, resume=True, **options)
     assert report.resumed_frames > 0 and (frames == expected).all()
     options = {"tiling": 1, "memory_limit": LIMITS["windows"]}
-    _, expected = written(decoder, latents, path, **options)
+    _, expected = written(decoder, latents, tmp_path / "expected.npy", overwrite=True, **options)
+    path = tmp_path / "halo.npy"
     interrupted(decoder, latents, path, monkeypatch, **options)
     _, frames = written(decoder, latents, path, resume=True, **options)
     assert (frames == expected).all()
@@ -489,8 +623,9 @@ def test_resume_of_blended_tiles_and_of_a_halo(decoder, latents, tmp_path, monke
 
 def test_resume_without_an_earlier_decode_begins_one(decoder, latents, tmp_path):
     (tmp_path / "out.npy.partial").mkdir()  # killed before the first journal
-    for _ in range(2):
-        report, _ = written(decoder, latents, tmp_path / "out.npy", resume=True, memory_limit="1GB")
+    for overwrite in (False, True):
+        options = {"resume": True, "overwrite": overwrite, "memory_limit": "1GB"}
+        report, _ = written(decoder, latents, tmp_path / "out.npy", **options)
         assert report.resumed_frames == 0
 
 
@@ -529,11 +664,12 @@ def test_files_of_others_stay(decoder, latents, tmp_path):
 def test_an_earlier_decode_is_not_overwritten(decoder, latents, tmp_path, monkeypatch):
     path = tmp_path / "out.npy"
     folder = interrupted(decoder, latents, path, monkeypatch)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}, path.read_bytes()
+    unfinished = tmp_path / "out.partial.npy"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}, unfinished.read_bytes()
     with pytest.raises(FileExistsError, match="resume it") as told:
         decode_to_file(decoder, latents, path)
     assert told.value.filename == str(folder)
-    assert ({file.name: file.read_bytes() for file in folder.iterdir()}, path.read_bytes()) == before
+    assert ({file.name: file.read_bytes() for file in folder.iterdir()}, unfinished.read_bytes()) == before
 
 
 def other_weights(decoder):
@@ -566,6 +702,8 @@ def test_resume_refuses_what_has_changed(latents, change, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda journal, frames: frames.unlink() if frames.exists() else journal.write_text(""),
+        lambda journal, frames: os.truncate(frames if frames.exists() else journal, 100),
         lambda journal, frames: journal.write_text("{"),
         lambda journal, frames: journal.write_bytes(b"\xff\xfe\x00"),
         lambda journal, frames: journal.write_text("[1, 2]"),
@@ -573,16 +711,15 @@ def test_resume_refuses_what_has_changed(latents, change, tmp_path, monkeypatch)
         lambda journal, frames: journal.write_text(
             journal.read_text().replace('"parts": [', '"parts": [[],')
         ),
-        lambda journal, frames: frames.unlink(),
-        lambda journal, frames: os.truncate(frames, 1000),
     ],
 )
-def test_a_damaged_store_is_refused(decoder, latents, damage, tmp_path, monkeypatch):
-    path = tmp_path / "out.npy"
-    folder = interrupted(decoder, latents, path, monkeypatch)
+@pytest.mark.parametrize("limit", ["streamed", "windows"])
+def test_a_damaged_store_is_refused(decoder, latents, damage, limit, tmp_path, monkeypatch):
+    path, options = tmp_path / "out.npy", {"memory_limit": LIMITS[limit]}
+    folder = interrupted(decoder, latents, path, monkeypatch, **options)
     damage(folder / "journal.json", folder / "frames")
     with pytest.raises(ValueError, match=r"journal.json cannot be read \(.*\); delete .*out.npy.partial"):
-        decode_to_file(decoder, latents, path, resume=True, memory_limit=LIMITS["streamed"])
+        decode_to_file(decoder, latents, path, resume=True, **options)
 
 
 def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, monkeypatch):

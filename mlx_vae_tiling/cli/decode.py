@@ -11,7 +11,9 @@ from mlx_vae_tiling.cli.options import parse_config
 from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
 from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
 from mlx_vae_tiling.media.latents import looks_denormalized
-from mlx_vae_tiling.runtime.run import decode_to_file, kept_frames
+from mlx_vae_tiling.media.places import same_file
+from mlx_vae_tiling.runtime.output import kept_frames
+from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.tiny import TinyDecoder
 
@@ -53,13 +55,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--denormalized", action="store_true", help="LATENTS were denormalized, as by diffusers' LTX2Pipeline"
     )
-    add("--resume", action="store_true", help="continue a decode that ended early, from OUT.partial")
+    add("--resume", action="store_true", help="continue a decode that ended early")
+    add("--overwrite", action="store_true", help="replace OUT, if there is one, once the new one is complete")
+    add("--audio", metavar="FILE", help="the clip's sound, for .mp4 and .mov; cut and shifted for --frames")
     add("-q", "--quiet", action="store_true", help="no plan and no progress on stderr")
     add_planning(command, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Decodes and prints the report; returns the exit status."""
+    if same_file(args.latents, args.output):
+        raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
     saved = read_given_latents(args, decoder.config)
     statistics = getattr(decoder, "per_channel_statistics", None)
@@ -79,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         fps=args.fps or saved.fps or 24,
         resume=args.resume,
+        overwrite=args.overwrite,
+        audio=args.audio,
         codec=args.codec,
         quality=args.quality,
         plan=plan,

@@ -16,6 +16,9 @@ from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli.decode import resumable
 from mlx_vae_tiling.cli.parser import new_parser
 from mlx_vae_tiling.cli.printing import NAME, print_error, print_warning
+from mlx_vae_tiling.media.audio import AudioWarning
+
+OURS = (CheckpointWarning, AudioWarning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,12 +52,13 @@ def _warnings_in_one_line() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, CheckpointWarning):
+            if issubclass(category, OURS):
                 print_warning(" ".join(str(message).split()))
             else:
                 others(message, category, *where, **more)
 
-        warnings.simplefilter("always", CheckpointWarning)
+        for ours in OURS:
+            warnings.simplefilter("always", ours)
         warnings.showwarning = show
         yield
 

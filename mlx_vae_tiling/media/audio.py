@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, Packet
     from av.container import InputContainer, OutputContainer
 
+
+class AudioWarning(UserWarning):
+    """Sound and pictures differ in length."""
+
+
 _COPIED = {
     ".mp4": ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"),
     ".mov": ("aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_f32le"),
@@ -59,6 +64,7 @@ class Sound:
             what = "what is over is cut off" if difference > 0 else "the end is silent"
             warnings.warn(
                 f"{self.path} has {self.seconds:.2f} s of sound for a clip of {clip_seconds:.2f} s: {what}",
+                AudioWarning,
                 stacklevel=3,
             )
 

@@ -17,14 +17,24 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
-def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
-    """Prepare numbered files to be written or continued.
+def first_png(pattern: str) -> str:
+    """The first file of a sequence.
 
     Raises:
         ValueError: The pattern does not have exactly one number such as %05d.
     """
     if _NUMBERED.fullmatch(pattern) is None:
         raise ValueError(f"a PNG path must number its frames, as frame_%05d.png does, got {pattern}")
+    return pattern % 0
+
+
+def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
+    """Prepare numbered files to be written or continued.
+
+    Raises:
+        ValueError: The pattern does not have exactly one number such as %05d.
+    """
+    first_png(pattern)
     beside = partial_path(pattern)
     finished, unfinished = numbers(pattern), numbers(beside)
     # Files that the end of an earlier run has renamed already are not in the way.

@@ -15,7 +15,7 @@ from .audio import open_sound
 from .movie import Movie, frames_in_movie, open_movie
 from .npy import frames_in_npy, open_npy
 from .places import partial_path, same_file
-from .png import frames_in_png, open_png
+from .png import first_png, frames_in_png, open_png
 from .writer import VideoWriter
 
 _CODECS = {".mp4": ("h264", "hevc"), ".mov": ("prores", "h264", "hevc")}
@@ -69,7 +69,7 @@ def open_video(
         ValueError: The suffix, codec, rate, quality or sound cannot be used, or do not fit what is continued.
 
     Warns:
-        UserWarning: The sound is longer or shorter than the clip.
+        AudioWarning: The sound is longer or shorter than the clip.
 
     Example:
         >>> with open_video("clip.mp4", fps="24000/1001") as video:
@@ -107,6 +107,18 @@ def unfinished_frames(path: str | os.PathLike[str]) -> tuple[str, int] | None:
     path = _pattern(path, create=False) if kind == ".png" else os.path.realpath(path)
     count = {".npy": frames_in_npy, ".png": frames_in_png}.get(kind, frames_in_movie)(path)
     return (partial_path(path), count) if count else None
+
+
+def first_file(path: str | os.PathLike[str]) -> str:
+    """The file of an output, or the first one of a sequence of PNG images, under its own name.
+
+    Raises:
+        ValueError: The path cannot be used.
+    """
+    path, kind = os.fspath(path), _kind(os.fspath(path))
+    if kind != ".png":
+        return os.path.realpath(path)
+    return first_png(_pattern(path, create=False))
 
 
 def frame_rate(fps: float | str | Fraction) -> Fraction:

@@ -13,12 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vae_tiling.media.video import open_video
+from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import Job
+from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
+from mlx_vae_tiling.runtime.output import DecodeOutput, open_output
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.store import FrameStore, fingerprint_of, finished_share, hash_of, open_store
+from mlx_vae_tiling.runtime.store import FrameStore
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window
@@ -115,6 +117,8 @@ def decode_to_file(
     *,
     fps: float | str = 24,
     resume: bool = False,
+    overwrite: bool = False,
+    audio: str | os.PathLike[str] | None = None,
     codec: str | None = None,
     quality: float | None = None,
     memory_limit: int | float | str | None = None,
@@ -132,9 +136,10 @@ def decode_to_file(
 ) -> DecodeReport:
     """Decodes latents to a video, an image sequence or an array on disk.
 
-    While it runs, the frames so far are also kept in `<path>.partial`. However a decode ends early,
-    `resume=True` continues it from there, and gives the same frames (blended tiles are all decoded
-    again, and those frames skipped); the file that was begun is playable after Ctrl-C.
+    While it runs, the output lies beside its name, as `clip.partial.mp4`, where it can be played, and a
+    journal in `<path>.partial`; so do the frames where there are several windows. However a decode ends
+    early, `resume=True` continues it from there, and gives the same frames (blended tiles are all decoded
+    again, and those frames skipped).
 
     Args:
         decoder: The decoder.
@@ -142,6 +147,10 @@ def decode_to_file(
         path: `.mp4`, `.mov`, `.npy`, `frame_%05d.png`, or a directory for PNG.
         fps: Frames per second of a video, also "24000/1001".
         resume: Continues an earlier decode of the same latents, weights and settings, if there is one.
+        overwrite: Replaces the output, if there is one, once the new one is complete; without `resume`
+            begins again what was left unfinished.
+        audio: A file with the sound of the whole clip, for `.mp4` and `.mov`; of it goes in what belongs
+            to the window.
         codec, quality: As `media.video.open_video`.
         memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, noise,
             num_inference_steps, progress: As `decode_frames`.
@@ -150,7 +159,9 @@ def decode_to_file(
         What was done. Its `str()` is one line.
 
     Raises:
-        FileExistsError: If an earlier decode is kept and resume is False.
+        BlockingIOError: If another process is writing the output.
+        FileExistsError: If there is an output and overwrite is False, or an earlier decode is kept and
+            resume is False too.
         OSError: If the disk is full or the path cannot be written.
         ValueError, ArithmeticError: As `decode_frames`.
     """
@@ -160,36 +171,35 @@ def decode_to_file(
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
     job = _job(decoder, latents, bits, plan, options, planning, noise)
-    writer = open_video(path, fps=fps, codec=codec, quality=quality)
-    folder = _store_folder(path)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
     fingerprint = fingerprint_of(decoder, latents, **settings)
-    # An array takes as much again as the frames that are kept.
-    copies = 2 if os.fspath(path).lower().endswith(".npy") else 1
-    with open_store(folder, job.plan, job.dtype, fingerprint, resume, copies) as store, writer:
-        if store.parts != job.plan.parts:
-            job = job.planned_anew(store.parts)
-        kept = min(store.done)
-        with contextlib.closing(_with_progress(job, store, progress)) as frames:
-            for piece in frames:
-                writer.write(piece)
+    video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
+    with open_output(
+        path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
+    ) as output:
+        if output.writer is not None:
+            if output.journal.parts != job.plan.parts:
+                job = job.planned_anew(output.journal.parts)
+            with contextlib.closing(_with_progress(job, output, progress)) as frames:
+                for piece in frames:
+                    output.writer.write(piece)
     seconds = time.perf_counter() - began
     return DecodeReport(
-        os.fspath(path), job.plan.frames, kept, seconds, job.meter.highest, footprint_bytes(), job.plan
+        os.fspath(path), job.plan.frames, output.kept, seconds, job.meter.highest, footprint_bytes(), job.plan
     )
 
 
-def kept_frames(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
-    """Where an unfinished decode to `path` is kept, and what share of it; None if there is none."""
-    folder = _store_folder(path)
-    share = finished_share(folder)
-    return None if share is None else (folder, share)
-
-
-def _store_folder(path: str | os.PathLike[str]) -> Path:
-    return Path(os.fspath(path).rstrip("/").replace("%", "") + ".partial")
+def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | str) -> dict[str, Any]:
+    if audio is None:
+        return {}
+    frames, rate = plan.output.time, frame_rate(fps)
+    return {
+        "audio": audio,
+        "audio_start_seconds": float(frames.start / rate),
+        "clip_seconds": float(frames.size / rate),
+    }
 
 
 def _job(
@@ -215,41 +225,43 @@ def _job(
     return job
 
 
-def _with_progress(job: Job, store: FrameStore | None, progress: bool) -> Generator[Frames]:
+def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Generator[Frames]:
     """Several windows count each frame of each."""
     from tqdm import tqdm
 
     parts = len(job.plan.parts)
     unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
-    kept = 0 if store is None else sum(store.done)
-    with tqdm(total=total, initial=kept, unit=f" {unit}", desc="decode", disable=not progress) as bar:
+    store = output.store if output else None
+    start = output.writer.frames_kept if output and output.writer else 0
+    done = sum(store.done) if store else start
+    with tqdm(total=total, initial=done, unit=f" {unit}", desc="decode", disable=not progress) as bar:
 
         def report(frames: int) -> None:
             bar.set_postfix_str(f"peak {format_bytes(job.meter.highest)}", refresh=False)
             bar.update(frames)
 
-        yield from _decode(job, store, report)
+        if parts == 1:
+            yield from job.decode(job.plan.parts[0], start, report)
+        elif store is not None:
+            yield from _put_together(job, store, start, report)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                shape = (job.plan.frames, *job.plan.size, 3)
+                fresh = FrameStore(Path(folder), job.plan.parts, shape, job.dtype)
+                with contextlib.closing(fresh):
+                    yield from _put_together(job, fresh, start, report)
 
 
-def _decode(job: Job, store: FrameStore | None, report: Callable[[int], None]) -> Iterator[Frames]:
-    """Finished frames of the whole output, those of the store first."""
-    parts = job.plan.parts
-    if store is None and len(parts) == 1:
-        yield from job.decode(parts[0], report=report)
-        return
-    with contextlib.ExitStack() as stack:
-        if store is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "frames"
-            store = stack.enter_context(open_store(folder, job.plan, job.dtype, {}, False))
-        read = 0
-        for index, part in enumerate(parts):
-            yield from _read(store, read, min(store.done))
-            read = min(store.done)
-            for frames in job.decode(part, store.done[index], report):
-                store.append(index, frames)
-                yield from _read(store, read, min(store.done))
-                read = min(store.done)
-        yield from _read(store, read, job.plan.frames)
+def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
+    """Finished frames of several windows from frame `start` on, those of the store first."""
+    for index, part in enumerate(job.plan.parts):
+        yield from _read(store, start, min(store.done))
+        start = max(start, min(store.done))
+        for frames in job.decode(part, store.done[index], report):
+            store.append(index, frames)
+            yield from _read(store, start, min(store.done))
+            start = max(start, min(store.done))
+    yield from _read(store, start, job.plan.frames)
 
 
 def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
