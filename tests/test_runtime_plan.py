@@ -261,6 +261,23 @@ def test_plans_are_values():
     assert isinstance(plan, DecodePlan) and replace(plan, peak_bytes=1).fits
 
 
+@pytest.mark.parametrize("given", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_predicted_peak_whatever_the_dtype_of_the_latents(dtype, given):
+    decoder = VideoDecoder(replace(LTX_2_3, base_channels=4, latent_channels=8)).init_random()
+    decoder.set_dtype(dtype)
+    latents = random_latents(decoder, 1, 9, 4, 5).astype(given)
+    mx.eval(latents, decoder.parameters())
+    before, peak = mx.get_active_memory() - decoder.config.parameters * dtype.size, 0
+    plan = plan_decode(decoder, latents.shape, memory_limit="5MB")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    for frames in decode_frames(decoder, latents, plan=plan):
+        del frames
+        peak = max(peak, mx.get_peak_memory())
+    assert plan.peak_bytes == pytest.approx(max(peak, mx.get_peak_memory()) - before, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 def test_predicted_peak(case):

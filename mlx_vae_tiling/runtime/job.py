@@ -211,7 +211,9 @@ class Job:
         latents = self.latents[..., rows.slice, columns.slice]
         noise = self.noise.at((0, rows.start, columns.start))
         pixels = part.inside
-        return decoder.run(latents, options, pixels.over(start, pixels.time.stop), pace, noise, plan.backend)
+        pixels = pixels.over(start, pixels.time.stop)
+        # In the dtype in which they are computed, whatever that of the latents, until they are finished.
+        return decoder.run(latents, options, pixels, pace, noise, plan.backend, decoder.dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.

@@ -121,6 +121,7 @@ class StreamingDecoder(SteppedDecoder):
         pace: Pace,
         noise: Noise | None = None,
         backend: Backend | str | None = None,
+        output_dtype: mx.Dtype | None = None,
     ) -> Iterator[mx.array]:
         """`stream` with everything resolved and checked.
 
@@ -131,13 +132,14 @@ class StreamingDecoder(SteppedDecoder):
             pace: May be changed while the stream runs.
             noise: None for that of the options' seed.
             backend: None for that of the default device.
+            output_dtype: Of the frames; None for that of the latents.
         """
         # A thread cannot compute what another one has only scheduled.
         mx.eval(latents, self.parameters())
         policy = self.policy(backend)
 
         def pieces() -> Iterator[mx.array]:
-            yield from self.open(latents, options, pixels, noise, policy).run(pace)
+            yield from self.open(latents, options, pixels, noise, policy, output_dtype).run(pace)
 
         return pieces()
 

@@ -127,9 +127,10 @@ class SteppedDecoder(WeightedModule):
         pixels: Region | None = None,
         noise: Noise | None = None,
         backend: Backend | str | None = None,
+        output_dtype: mx.Dtype | None = None,
     ) -> Stream:
         """A stream that nothing was computed of yet; as `run`."""
-        steps = self.steps(options, latents.dtype)
+        steps = self.steps(options, output_dtype or latents.dtype)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
         noise = self.noise(latents.shape, options, noise)
         return Stream(steps, regions, latents, self.dtype, self.policy(backend).opened(), noise)
