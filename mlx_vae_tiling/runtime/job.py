@@ -212,8 +212,9 @@ class Job:
         noise = self.noise.at((0, rows.start, columns.start))
         pixels = part.inside
         pixels = pixels.over(start, pixels.time.stop)
-        # In the dtype in which they are computed, whatever that of the latents, until they are finished.
-        return decoder.run(latents, options, pixels, pace, noise, plan.backend, decoder.dtype)
+        # Integers are made of what was computed, and not of that in the latents' dtype.
+        dtype = latents.dtype if self.kind == "unit" else decoder.dtype
+        return decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.
