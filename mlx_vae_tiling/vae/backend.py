@@ -100,7 +100,7 @@ class Backend(LayerBackend):
     @property
     def wires_memory(self) -> bool:
         """Whether MLX can keep memory from being paged out."""
-        return self.name == "metal"
+        return False
 
     def device(self) -> dict[str, int | str]:
         """What MLX says of the device."""
@@ -119,12 +119,8 @@ class Backend(LayerBackend):
         return chunk_bytes
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
-        """The form of convolution that is expected to run best.
-
-        On Metal half precision takes the implicit 3-D GEMM, because the Winograd kernels that the stock
-        path selects keep their intermediates in half precision.
-        """
-        return "folded" if self.name == "metal" and dtype != mx.float32 else "stock"
+        """The form of convolution that is expected to run best."""
+        return "stock"
 
     def settle(self, *arrays: mx.array) -> None:
         """Has the results of a step computed, so that its inputs can go."""

@@ -47,6 +47,10 @@ class MetalBackend(Backend):
     def forms(self) -> tuple[ConvolutionForm, ...]:
         return get_args(gpu.GPUForm)
 
+    @property
+    def wires_memory(self) -> bool:
+        return True
+
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """All that is left: MLX keeps active memory and its cache within the memory limit together."""
         return memory_limit
