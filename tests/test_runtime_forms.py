@@ -1,17 +1,20 @@
-"""What was measured on a machine is what its plans take."""
+"""What was measured on a machine is what its plans take, and a resumed decode what its first run took."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from vae_cases import joined, random_latents, small_decoder
 
-from mlx_vae_tiling import TilingConfig, Window, plan_decode
+from mlx_vae_tiling import TilingConfig, Window, decode_to_file, plan_decode
+from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime import forms
 from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.measure import machine_of, work_of
 from mlx_vae_tiling.runtime.tuning import Trial, Tuning
-from mlx_vae_tiling.vae.backends import METAL
+from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
@@ -112,3 +115,118 @@ def test_tuned_forms_give_the_same_frames():
     tuned = tuple((pair, cycle[i % 3]) for i, pair in enumerate(sorted(pairs)))
     frames = joined(small.stream(latents, backend=replace(METAL, tuned=tuned)))
     assert mx.abs(frames - expected).max().item() <= 1e-5 * (expected.max() - expected.min()).item()
+
+
+RESUMED = {"one window": 2_400_000, "windows": 900_000}
+"""Budgets for the latents below."""
+
+
+@pytest.fixture
+def half():
+    """In bfloat16, in which forms differ visibly."""
+    decoder = small_decoder("ltx-2.3")
+    decoder = VideoDecoder(decoder.config).init_random()
+    decoder.set_dtype(mx.bfloat16)
+    return decoder
+
+
+def measured(decoder, shape, form):
+    """A machine on which a form is the fastest at every level."""
+    tuning, everything = Tuning(), Window().region(*decoder.output_shape(shape)[2:])
+    for work in work_of(decoder.steps(decoder.options()), everything, 1):
+        trials = [Trial(name, 1.0 - 0.5 * (name == form), 1e-3, 1e12) for name in METAL.forms]
+        tuning.record(machine_of(METAL, decoder.dtype), work.level, trials)
+    return tuning
+
+
+def interrupt(monkeypatch, decode, pieces=2):
+    """Ctrl-C after so many pieces were written."""
+    write, written = VideoWriter.write, []
+
+    def interrupting(self, frames):
+        write(self, frames)
+        written.append(1)
+        if len(written) == pieces:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VideoWriter, "write", interrupting)
+        decode()
+
+
+@pytest.mark.parametrize("limit", RESUMED)
+@pytest.mark.parametrize(("first", "second"), [("gemm", "winograd_time"), (None, "gemm")])
+def test_a_resumed_decode_keeps_the_forms_it_was_begun_with(
+    half, limit, first, second, monkeypatch, tmp_path
+):
+    """On the CPU, with Metal's policy: what is measured between a kill and a resume changes no frame."""
+    latents = random_latents(half, 1, 4, 4, 3).astype(mx.bfloat16)
+
+    def decode(form, name, **options):
+        tuning = measured(half, latents.shape, form)
+        monkeypatch.setattr(forms, "load_tuning", lambda: tuning)
+        plan = plan_decode(half, latents.shape, memory_limit=RESUMED[limit], backend="metal")
+        assert (len(plan.parts) > 1) == (limit == "windows")
+        return decode_to_file(half, latents, tmp_path / name, plan=plan, **options)
+
+    expected = decode(first, "first.npy").plan.backend
+    other = decode(second, "second.npy").plan.backend
+    assert (np.load(tmp_path / "first.npy") != np.load(tmp_path / "second.npy")).any()
+    interrupt(monkeypatch, lambda: decode(first, "out.npy"))
+    report = decode(second, "out.npy", resume=True)
+    assert report.resumed_frames > 0 and report.plan.backend == expected != other
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.load(tmp_path / "first.npy"))
+
+
+@pytest.fixture
+def begun(half, monkeypatch, tmp_path):
+    """A decode with Metal's policy that ended early: what goes on with it."""
+    latents = random_latents(half, 1, 4, 4, 3).astype(mx.bfloat16)
+
+    def decode(backend=METAL, **options):
+        plan = plan_decode(half, latents.shape, memory_limit=RESUMED["one window"], backend=backend)
+        return decode_to_file(half, latents, tmp_path / "out.npy", plan=plan, **options)
+
+    interrupt(monkeypatch, decode)
+    return decode
+
+
+def test_resuming_on_another_device_or_with_another_pinned_form_is_refused(half, begun):
+    for backend in (CPU, CUDA):
+        with pytest.raises(ValueError, match="begun with, but backend differs"):
+            begun(backend, resume=True)
+    half.convolution_form = "gemm"
+    with pytest.raises(ValueError, match="begun with, but convolution_form differs"):
+        begun(resume=True)
+    half.convolution_form = None
+    assert begun(resume=True).plan.backend == METAL
+
+
+@pytest.mark.parametrize(
+    "arithmetic",
+    [
+        {},
+        [],
+        None,
+        {"form": None},
+        {"form": "unheard of", "block_bytes": 1, "tuned": []},
+        {"form": None, "block_bytes": "many", "tuned": []},
+        {"form": None, "block_bytes": float("inf"), "tuned": []},
+        {"form": None, "block_bytes": 1, "tuned": [[128, 128]]},
+        {"form": None, "block_bytes": 1, "tuned": [[128, 128, None]]},
+        {"form": None, "block_bytes": 1, "tuned": 3},
+    ],
+)
+def test_a_journal_with_damaged_forms_is_refused(begun, arithmetic, tmp_path):
+    place = tmp_path / "out.npy.partial" / "journal.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"arithmetic": arithmetic}))
+    with pytest.raises(ValueError, match=r"journal.json cannot be read \(.*\); delete"):
+        begun(resume=True)
+
+
+@pytest.mark.parametrize(
+    "backend", [CPU, CUDA, replace(METAL, form="gemm"), replace(METAL, tuned=(((8, 4), "winograd32"),))]
+)
+def test_arithmetic_survives_a_file(backend):
+    plain = {"cpu": CPU, "metal": METAL, "cuda": CUDA}[backend.name]
+    assert plain.computing_as(json.loads(json.dumps(backend.arithmetic))) == backend

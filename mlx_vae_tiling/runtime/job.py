@@ -122,14 +122,16 @@ class Job:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.float32 if self.kind == "unit" else self.kind)
 
-    def planned_anew(self, parts: tuple[Part, ...]) -> Job:
-        """The same job for parts that an earlier run has begun, under this run's limit."""
+    def as_begun(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
+        """The job that an earlier run has begun, with its parts and its forms, under this run's limit."""
         old = self.plan
+        if (parts, arithmetic) == (old.parts, old.backend.arithmetic):
+            return self
         plan = plan_decode(
             self.decoder,
             old.latent_shape,
             memory_limit=old.memory_limit,
-            backend=old.backend,
+            backend=old.backend.computing_as(arithmetic),
             tiling=old.tiling,
             window=None if isinstance(old.tiling, TilingConfig) else old.output.window,
             causal=old.causal,

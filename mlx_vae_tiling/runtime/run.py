@@ -172,6 +172,7 @@ def decode_to_file(
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
     job = _job(decoder, latents, bits, plan, options, planning, noise)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
+    settings |= {"backend": job.plan.backend.name, "convolution_form": decoder.convolution_form}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
     fingerprint = fingerprint_of(decoder, latents, **settings)
@@ -180,8 +181,7 @@ def decode_to_file(
         path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
     ) as output:
         if output.writer is not None:
-            if output.journal.parts != job.plan.parts:
-                job = job.planned_anew(output.journal.parts)
+            job = job.as_begun(output.journal.parts, output.journal.arithmetic)
             with contextlib.closing(_with_progress(job, output, progress)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
