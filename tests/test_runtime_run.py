@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,37 @@ def test_a_lasting_failure_of_the_device_keeps_what_was_before(
         assert raised.value.__cause__ is error
     decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit], resume=True)
     np.testing.assert_array_equal(np.load(tmp_path / "shot.npy"), expected)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+@pytest.mark.parametrize("where", ["isfinite", "weights", "fingerprint", "run"])
+def test_a_failure_before_the_first_frame(decoder, latents, where, message, times, monkeypatch, tmp_path):
+    """While the decode is prepared and while the stream is opened: tried again once, then told."""
+    left, path = [times], tmp_path / "out.npy"
+
+    def failing(owner, name):
+        original = getattr(owner, name)
+
+        def fail(*args, **options):
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError(message)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, fail)
+
+    place = {"isfinite": (mx, "isfinite"), "weights": (mx, "eval"), "run": (VideoDecoder, "run")}
+    failing(*place.get(where, (run, "fingerprint_of")))
+    if times == 1:
+        assert decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"]).frames == 25
+        return
+    with pytest.raises(
+        RuntimeError, match=rf"failed twice.*{re.escape(message)}.*a smaller memory limit"
+    ) as told:
+        decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"])
+    assert str(told.value.__cause__) == message and not path.exists()
+    assert decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"]).frames == 25
 
 
 def test_an_error_of_ours_is_not_tried_again(decoder, latents, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
 from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
 from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
@@ -22,9 +23,6 @@ from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
 
 SMALLEST_CACHE_BYTES = 2**20
-
-SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
-"""In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
 
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 
@@ -100,12 +98,13 @@ class Job:
 
         Raises:
             ValueError: If something does not fit something else.
+            RuntimeError: If the device fails twice.
         """
         if kind not in KINDS:
             raise ValueError(f"bits must be 8 or 16, got {kind.removeprefix('uint')}")
         decoder.check(latents, options)
-        bad = [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
-        if checked and bad:
+        bad = tried_twice(lambda: _not_finite(latents), "looking at the latents") if checked else []
+        if bad:
             raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
@@ -113,9 +112,11 @@ class Job:
         plan.require_match(decoder, latents.shape, options)
         plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
-        mx.eval(weights)
+        tried_twice(lambda: mx.eval(weights), "reading the weights")
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
-        noise_of_video = decoder.noise(latents.shape, options, noise)
+        noise_of_video = tried_twice(
+            lambda: decoder.noise(latents.shape, options, noise), "drawing the noise"
+        )
         return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
 
     @property
@@ -193,7 +194,7 @@ class Job:
             # The failure of a command buffer may be told of by a later call only.
             mx.synchronize()
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in SIGNS_OF_THE_DEVICE):
+            if not of_the_device(error):
                 raise
             return NO_FRAMES, Failure(error=error)
         return frames, Failure(tuple(faults)) if faults and self.checked else None
@@ -204,11 +205,12 @@ class Job:
         return memory_limits(limit, cache=cache)
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
-        """Pieces of one part from output frame `start` on."""
+        """Pieces of one part from output frame `start` on; nothing is computed before the first is asked for."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
             pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
-            return _skip(pieces, start)
+            yield from _skip(pieces, start)
+            return
         _, rows, columns = part.latents
         latents = self.latents[..., rows.slice, columns.slice]
         noise = self.noise.at((0, rows.start, columns.start))
@@ -216,7 +218,7 @@ class Job:
         pixels = pixels.over(start, pixels.time.stop)
         # Integers are made of what was computed, and not of that in the latents' dtype.
         dtype = latents.dtype if self.kind == "unit" else decoder.dtype
-        return decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
+        yield from decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.
@@ -235,6 +237,11 @@ class Job:
         elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
             pace.double(scale)
         return False
+
+
+def _not_finite(latents: mx.array) -> list[int]:
+    """The latent frames with values that are not finite."""
+    return [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
 
 
 def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:

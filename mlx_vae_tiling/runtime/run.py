@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vae_tiling.media.video import frame_rate
+from mlx_vae_tiling.runtime.faults import tried_twice
 from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
@@ -175,7 +176,7 @@ def decode_to_file(
     settings |= {"backend": job.plan.backend.name, "convolution_form": decoder.convolution_form}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
-    fingerprint = fingerprint_of(decoder, latents, **settings)
+    fingerprint = tried_twice(lambda: fingerprint_of(decoder, latents, **settings), "reading what is decoded")
     video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
     with open_output(
         path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
