@@ -205,7 +205,7 @@ class Job:
         return memory_limits(limit, cache=cache)
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
-        """Pieces of one part from output frame `start` on; nothing is computed before the first is asked for."""
+        """Pieces of one part from output frame `start` on; nothing is computed until one is asked for."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
             pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
