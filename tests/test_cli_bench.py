@@ -9,7 +9,14 @@ from vae_cases import VERSIONS, small_decoder
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.cli.entry import main
 from mlx_vae_tiling.runtime import bench
-from mlx_vae_tiling.runtime.measure import machine_of, measure_form, pass_rates, product_rate, work_of
+from mlx_vae_tiling.runtime.measure import (
+    machine_of,
+    measure_form,
+    pass_rates,
+    product_rate,
+    sample_of,
+    work_of,
+)
 from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, Level, load_tuning
 from mlx_vae_tiling.vae.backends import CPU, METAL
 
@@ -75,8 +82,8 @@ def test_work_is_that_of_the_plan(version):
 def test_errors_of_forms_are_measured(form):
     """Against float32: those of half precision are as large as they are known to be."""
     level = Level(6, 7, 32, 16)
-    assert measure_form(METAL, form, level, 2, mx.float32, 1).error < 1e-6
-    trial = measure_form(METAL, form, level, 2, mx.bfloat16, 1)
+    assert measure_form(METAL, form, sample_of(METAL, level, 2, mx.float32), 1).error < 1e-6
+    trial = measure_form(METAL, form, sample_of(METAL, level, 2, mx.bfloat16), 1)
     assert 1e-3 < trial.error <= ERROR_BOUNDS["bfloat16"]
     assert trial.operations == 54 * 32 * 16 * 6 * 7 * 2 and trial.seconds > 0
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.options import parse_config
 from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
-from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
+from mlx_vae_tiling.cli.printing import plan_text, print_news, print_result, print_warning, report_fields
 from mlx_vae_tiling.media.latents import looks_denormalized
 from mlx_vae_tiling.media.places import same_file
+from mlx_vae_tiling.runtime.autotune import plan_to_run
+from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -75,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
         and looks_denormalized(saved.latents, statistics.mean, statistics.std)
     ):
         print_warning("the latents look denormalized; if the video comes out wrong, pass --denormalized")
-    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
+    planner = partial(plan_to_run, tell=_silent if args.quiet else print_news)
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps, planner)
     if not args.quiet:
-        print(plan, file=sys.stderr)
+        print(plan_text(plan, expected_seconds(decoder, plan)), file=sys.stderr)
     plan.require_fit()
     report = decode_to_file(
         decoder,
@@ -99,6 +103,10 @@ def run(args: argparse.Namespace) -> int:
     )
     print_result(args, report, report_fields(report))
     return 0
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.measure import Pass, machine_of, measure_form, pass_rates, product_rate, work_of
+from mlx_vae_tiling.runtime.measure import (
+    Pass,
+    machine_of,
+    measure_form,
+    operations_of,
+    pass_rates,
+    product_rate,
+    sample_of,
+    work_of,
+)
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.runtime.run import decode_frames
@@ -147,11 +156,10 @@ def bench(
     total, forms = sum(one.operations for one in work), []
     for level, frames, operations in work[: 2 if quick else None]:
         tell(f"forms at {level}")
-        single = 54 * level.channels_in * level.channels_out * level.height * level.width
-        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // single)))
-        trials = [
-            measure_form(backend, form, level, frames, dtype, 1 if quick else 3) for form in backend.forms
-        ]
+        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // operations_of(level, 1))))
+        sample = sample_of(backend, level, frames, dtype)
+        trials = [measure_form(backend, form, sample, 1 if quick else 3) for form in backend.forms]
+        del sample
         chosen = choose(trials, ERROR_BOUNDS[machine.dtype], backend.default_form(dtype))
         forms.append(Forms(level, frames, operations / total, trials, chosen))
     decodes = []

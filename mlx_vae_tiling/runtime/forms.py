@@ -21,6 +21,9 @@ from mlx_vae_tiling.vae.metal import MetalBackend
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Step
 
+COUNTED_SHARE = 0.9
+"""Of a decode's operations, what convolutions have to be for their time to tell that of the whole."""
+
 
 def tuned_backend(
     backend: Backend,
@@ -44,7 +47,7 @@ def tuned_backend(
     tuning = load_tuning() if tuning is None else tuning
     forms = {
         channels: cast(ConvolutionForm, tuning.form(machine, work.level, default))
-        for channels, work in _by_channels(steps, everything).items()
+        for channels, work in levels_of(steps, everything).items()
     }
     better = tuple((channels, form) for channels, form in forms.items() if form != default)
     return replace(backend, tuned=better)
@@ -65,7 +68,7 @@ def measured_seconds(
         parts: What is decoded.
     """
     tuning = load_tuning() if tuning is None else tuning
-    machine, levels = machine_of(backend, dtype), _by_channels(steps, everything)
+    machine, levels = machine_of(backend, dtype), levels_of(steps, everything)
     if not levels:
         return None
     seconds = 0.0
@@ -86,7 +89,9 @@ def measured_seconds(
 def expected_seconds(
     decoder: StreamingDecoder, plan: DecodePlan, tuning: Tuning | None = None
 ) -> float | None:
-    """How long the convolutions of a plan take at the rates measured here; None where one was not.
+    """How long the convolutions of a plan take at the rates measured here.
+
+    None where one was not measured, and where there is much besides convolutions.
 
     Args:
         decoder: For which the plan was made; its weights are not looked at.
@@ -95,16 +100,28 @@ def expected_seconds(
     """
     steps = decoder.steps(decoder.options(causal=plan.causal))
     everything = Window().region(*decoder.output_shape(plan.latent_shape)[2:])
-    dtype = parse_dtype(plan.dtype)
-    seconds = measured_seconds(plan.backend, steps, everything, plan.parts, dtype, tuning)
+    dtype, batch = parse_dtype(plan.dtype), plan.latent_shape[0]
     # Tiles that are blended are one part, of which some is decoded several times.
-    repeats = plan.recompute if isinstance(plan.tiling, TilingConfig) else 1
+    repeats = batch * (plan.recompute if isinstance(plan.tiling, TilingConfig) else 1)
+    counted = sum(work.operations for part in plan.parts for work in work_of(steps, part.inside, 1))
+    if repeats * counted < COUNTED_SHARE * plan.operations:
+        return None
+    seconds = measured_seconds(plan.backend, steps, everything, plan.parts, dtype, tuning)
     return None if seconds is None else seconds * repeats
 
 
-def _by_channels(steps: Sequence[Step], everything: Region) -> dict[tuple[int, int], Work]:
-    """Of all convolutions with the same channels, those with most operations."""
+def levels_of(
+    steps: Sequence[Step], everything: Region, latent_frames: int = 1
+) -> dict[tuple[int, int], Work]:
+    """The convolutions that are measured, by channels in and out, those with most operations first.
+
+    Of all with the same channels, that is, those with most operations.
+
+    Args:
+        steps, everything: As `tuned_backend`.
+        latent_frames: Taken in at a time.
+    """
     found: dict[tuple[int, int], Work] = {}
-    for work in work_of(steps, everything, 1):
+    for work in work_of(steps, everything, latent_frames):
         found.setdefault((work.level.channels_in, work.level.channels_out), work)
     return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.runtime.autotune import plan_to_run
 from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
 from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
@@ -52,6 +53,13 @@ class Failure(NamedTuple):
         )
 
 
+@dataclass
+class Spent:
+    """Adds up the seconds that computing takes; what the consumer does meanwhile is not counted."""
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Job:
     """A decode and everything it depends on.
@@ -65,6 +73,7 @@ class Job:
         meter: Of MLX's memory.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
+        spent: What decoding has taken.
     """
 
     decoder: StreamingDecoder
@@ -75,6 +84,7 @@ class Job:
     meter: PeakMeter
     noise: Noise
     checked: bool = True
+    spent: Spent = field(default_factory=Spent)
 
     @classmethod
     def prepare(
@@ -94,7 +104,7 @@ class Job:
             decoder, latents, options, kind, checked: As `Job`.
             plan: For these latents; None to make one.
             noise: In place of that of the options' seed.
-            **planning: As `plan_decode`.
+            **planning: As `plan_to_run`.
 
         Raises:
             ValueError: If something does not fit something else.
@@ -108,7 +118,7 @@ class Job:
             raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
-            plan = plan_decode(decoder, latents.shape, **planning)
+            plan = plan_to_run(decoder, latents.shape, **planning)
         plan.require_match(decoder, latents.shape, options)
         plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
@@ -169,9 +179,11 @@ class Job:
                 began = time.perf_counter()
                 with self._limits():
                     frames, failure = self._next(pieces)
+                    seconds = time.perf_counter() - began
+                    self.spent.seconds += seconds
                     if failure is None:
                         count = frames.shape[2 if self.kind == "unit" else 0]
-                        may_grow = self._correct(pace, count, time.perf_counter() - began, may_grow)
+                        may_grow = self._correct(pace, count, seconds, may_grow)
                 if failure is None:
                     start += count
                     if report:

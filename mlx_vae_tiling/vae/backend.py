@@ -108,6 +108,10 @@ class Backend(LayerBackend):
         """The forms of convolution that may compete."""
         return ("stock", "folded")
 
+    def forms_at(self, operands: Operands) -> tuple[ConvolutionForm, ...]:
+        """Those of the forms that differ from each other at a convolution."""
+        return self.forms
+
     @property
     def wires_memory(self) -> bool:
         """Whether MLX can keep memory from being paged out."""

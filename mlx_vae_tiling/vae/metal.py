@@ -14,6 +14,7 @@ from mlx_vae_tiling.vae import convolution_gpu as gpu
 from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize, known_form
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
+from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, pixel_norm, replicate
 
 
@@ -59,6 +60,10 @@ class MetalBackend(Backend):
     @property
     def forms(self) -> tuple[ConvolutionForm, ...]:
         return get_args(gpu.GPUForm)
+
+    def forms_at(self, operands: Operands) -> tuple[ConvolutionForm, ...]:
+        names = get_args(gpu.GPUForm)
+        return tuple(form for form in names if gpu.form_of(form, operands, self.block_bytes) == form)
 
     @property
     def wires_memory(self) -> bool:
