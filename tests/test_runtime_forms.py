@@ -15,6 +15,7 @@ from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.measure import machine_of, work_of
 from mlx_vae_tiling.runtime.tuning import Trial, Tuning
 from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL
+from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
@@ -96,6 +97,10 @@ def test_seconds_are_operations_over_measured_rates(decoder, tuning):
         assert plan.operations / 2e12 < seconds < plan.operations / 1e12
     blended = planned(decoder, tiling=TilingConfig.default())
     assert expected_seconds(decoder, blended, tuning) == pytest.approx(blended.operations / 1e12)
+    pair = plan_decode(decoder, (2, *SHAPE[1:]), memory_limit="34GB", dtype="bfloat16", backend="metal")
+    assert expected_seconds(decoder, pair, tuning) == pytest.approx(
+        2 * expected_seconds(decoder, planned(decoder), tuning)
+    )
     del tuning.trials[str(machine_of(METAL, mx.bfloat16))]
     assert expected_seconds(decoder, plan, tuning) is None
 
@@ -230,3 +235,36 @@ def test_a_journal_with_damaged_forms_is_refused(begun, arithmetic, tmp_path):
 def test_arithmetic_survives_a_file(backend):
     plain = {"cpu": CPU, "metal": METAL, "cuda": CUDA}[backend.name]
     assert plain.computing_as(json.loads(json.dumps(backend.arithmetic))) == backend
+
+
+@pytest.mark.parametrize("limit", RESUMED)
+def test_a_report_says_how_far_off_the_expected_time_was(half, limit, monkeypatch, tmp_path):
+    """Of a resumed decode, for the frames that were decoded now."""
+    latents, path = random_latents(half, 1, 4, 4, 3).astype(mx.bfloat16), tmp_path / "out.npy"
+    tuning = measured(half, latents.shape, None)
+    monkeypatch.setattr(forms, "load_tuning", lambda: tuning)
+    plan = plan_decode(half, latents.shape, memory_limit=RESUMED[limit], backend="metal")
+    whole = expected_seconds(half, plan, tuning)
+    interrupt(monkeypatch, lambda: decode_to_file(half, latents, path, plan=plan), 1)
+    report = decode_to_file(half, latents, path, plan=plan, resume=True)
+    assert 0 < report.expected_seconds < whole
+    if limit == "one window":
+        assert report.expected_seconds == pytest.approx((1 - report.resumed_frames / report.frames) * whole)
+    ratio = report.decoding_seconds / report.expected_seconds
+    assert 0 < report.decoding_seconds < report.seconds and f"{ratio:.2f} times the" in str(report)
+    monkeypatch.setattr(forms, "load_tuning", Tuning)
+    plain = decode_to_file(half, latents[:, :, :1], path, overwrite=True)
+    assert plain.expected_seconds is None and "expected" not in str(plain)
+
+
+def test_where_convolutions_tell_little_no_time_is_expected():
+    """Most of a diffusion decoder's work is attention."""
+    decoder = build_decoder(PUBLISHED["ltx-2.5"].config)
+    shape = (1, 128, 3, 8, 8)
+    plan = plan_decode(decoder, shape, memory_limit="34GB", dtype="bfloat16", backend="metal")
+    tuning = Tuning()
+    for work in work_of(
+        decoder.steps(decoder.options()), Window().region(*decoder.output_shape(shape)[2:]), 1
+    ):
+        tuning.record(machine_of(METAL, mx.bfloat16), work.level, [Trial("folded", 1.0, 1e-3, 1e12)])
+    assert expected_seconds(decoder, plan, tuning) is None
