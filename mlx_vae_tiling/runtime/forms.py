@@ -21,9 +21,6 @@ from mlx_vae_tiling.vae.metal import MetalBackend
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Step
 
-COUNTED_SHARE = 0.9
-"""Of a decode's operations, what convolutions have to be for their time to tell that of the whole."""
-
 
 def tuned_backend(
     backend: Backend,
@@ -91,7 +88,7 @@ def expected_seconds(
 ) -> float | None:
     """How long the convolutions of a plan take at the rates measured here.
 
-    None where one was not measured, and where there is much besides convolutions.
+    None where one was not measured, and for decoders that have no such convolutions.
 
     Args:
         decoder: For which the plan was made; its weights are not looked at.
@@ -103,9 +100,6 @@ def expected_seconds(
     dtype, batch = parse_dtype(plan.dtype), plan.latent_shape[0]
     # Tiles that are blended are one part, of which some is decoded several times.
     repeats = batch * (plan.recompute if isinstance(plan.tiling, TilingConfig) else 1)
-    counted = sum(work.operations for part in plan.parts for work in work_of(steps, part.inside, 1))
-    if repeats * counted < COUNTED_SHARE * plan.operations:
-        return None
     seconds = measured_seconds(plan.backend, steps, everything, plan.parts, dtype, tuning)
     return None if seconds is None else seconds * repeats
 
