@@ -262,9 +262,4 @@ def test_where_there_are_no_convolutions_no_time_is_expected():
     decoder = build_decoder(PUBLISHED["ltx-2.5"].config)
     shape = (1, 128, 3, 8, 8)
     plan = plan_decode(decoder, shape, memory_limit="34GB", dtype="bfloat16", backend="metal")
-    tuning = Tuning()
-    for work in work_of(
-        decoder.steps(decoder.options()), Window().region(*decoder.output_shape(shape)[2:]), 1
-    ):
-        tuning.record(machine_of(METAL, mx.bfloat16), work.level, [Trial("folded", 1.0, 1e-3, 1e12)])
-    assert expected_seconds(decoder, plan, tuning) is None
+    assert expected_seconds(decoder, plan, Tuning()) is None
