@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -215,16 +215,20 @@ def _in_windows(planned: Callable[..., DecodePlan], plan: DecodePlan) -> DecodeP
 
 
 def _policies(plan: DecodePlan) -> Iterator[tuple[str, DecodePlan]]:
-    form = plan.backend.form
-    yield "nothing waited for", replace(plan, backend=Policy(form=form, waits=False))
-    yield "cache of one chunk", replace(plan, backend=Policy(form=form, cache=plan.chunk_bytes))
-    yield "no cache", replace(plan, backend=Policy(form=form, cache=1))
+    yield "nothing waited for", replace(plan, backend=_policy(plan.backend, waits=False))
+    yield "cache of one chunk", replace(plan, backend=_policy(plan.backend, cache=plan.chunk_bytes))
+    yield "no cache", replace(plan, backend=_policy(plan.backend, cache=1))
+
+
+def _policy(backend: Backend, **rules: Any) -> Policy:
+    """A backend's forms under other rules."""
+    return Policy(**{one.name: getattr(backend, one.name) for one in fields(backend)}, **rules)
 
 
 def _decode(decoder: StreamingDecoder, latents: mx.array, name: str, plan: DecodePlan) -> Decode:
     evaluations: list[float] = []
     if type(plan.backend) is MetalBackend:
-        plan = replace(plan, backend=Policy(form=plan.backend.form, evaluations=evaluations))
+        plan = replace(plan, backend=_policy(plan.backend, evaluations=evaluations))
     weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
     mx.clear_cache()
     before, peak, frames, longest = mx.get_active_memory() - weights, 0, 0, 0.0
