@@ -174,7 +174,7 @@ def _variants(decoder: StreamingDecoder, plan: DecodePlan, quick: bool) -> Itera
     shape, limit = plan.latent_shape, plan.memory_limit
 
     def planned(budget: int = limit, **options: Any) -> DecodePlan:
-        return plan_decode(decoder, shape, memory_limit=budget, **options)
+        return plan_decode(decoder, shape, memory_limit=budget, backend=plan.backend, **options)
 
     whole = planned(chunk=(shape[2], None))
     if whole.fits:
