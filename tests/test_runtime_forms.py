@@ -11,7 +11,7 @@ from vae_cases import joined, random_latents, small_decoder
 from mlx_vae_tiling import TilingConfig, Window, decode_to_file, plan_decode
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime import forms
-from mlx_vae_tiling.runtime.forms import expected_seconds
+from mlx_vae_tiling.runtime.forms import expected_seconds, in_blocks
 from mlx_vae_tiling.runtime.measure import machine_of, work_of
 from mlx_vae_tiling.runtime.tuning import Trial, Tuning
 from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL
@@ -263,3 +263,45 @@ def test_where_there_are_no_convolutions_no_time_is_expected():
     shape = (1, 128, 3, 8, 8)
     plan = plan_decode(decoder, shape, memory_limit="34GB", dtype="bfloat16", backend="metal")
     assert expected_seconds(decoder, plan, Tuning()) is None
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "pinned", "block"),
+    [
+        ((5, 34, 60), "34GB", False, 512),
+        ((5, 68, 120), "34GB", False, 2048),
+        ((5, 68, 120), "16GB", False, 1024),  # an eighth of the budget at most
+        ((5, 16, 24), "1.6GB", False, 256),
+        ((5, 16, 24), "1.6GB", True, 256),
+    ],
+)
+def test_blocks_are_as_large_as_pays_and_small_where_that_saves_windows(
+    size, limit, pinned, block, decoder, monkeypatch
+):
+    decoder.cast(mx.bfloat16)
+    shape = (1, 128, *size)
+    tuning = measured(decoder, shape, "winograd32")
+    monkeypatch.setattr(forms, "load_tuning", lambda: tuning)
+    decoder.convolution_form = "winograd32" if pinned else None
+    plan = plan_decode(decoder, shape, memory_limit=limit, dtype="bfloat16", backend="metal")
+    assert plan.fits and len(plan.parts) == 1 and plan.backend.block_bytes == block * MIB
+    assert plan.backend.form_of(128, 128) == "winograd32"
+    fixed = replace(plan.backend, block_bytes=512 * MIB)
+    other = plan_decode(decoder, shape, memory_limit=limit, dtype="bfloat16", backend=fixed)
+    assert (other.fits and len(other.parts) == 1) == (block >= 512)
+
+
+def test_other_forms_have_no_blocks(decoder):
+    everything = whole(decoder)
+    for backend in (CPU, CUDA, METAL, replace(METAL, form="gemm")):
+        assert in_blocks(backend, everything, 10**10) == [backend]
+
+
+def test_where_nothing_fits_the_smallest_plan_is_told(decoder, tuning):
+    shape = (1, 128, 2, 8, 8)
+    plan = plan_decode(decoder, shape, memory_limit="0.9GB", dtype="bfloat16", backend="metal")
+    plain = plan_decode(decoder, shape, memory_limit="0.9GB", dtype="bfloat16", backend=METAL)
+    assert not plan.fits and plan.peak_bytes <= plain.peak_bytes
