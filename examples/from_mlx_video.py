@@ -11,11 +11,10 @@ from mlx_vae_tiling import DecodingArgs, DecodingStage, load_decoder
 
 
 class Decoder:
-    def __init__(self, source, memory_limit):
-        decoder = load_decoder(source)
-        self.latents_mean = decoder.per_channel_statistics.mean
-        self.latents_std = decoder.per_channel_statistics.std
-        self.stage, self.args = DecodingStage(decoder), DecodingArgs(memory_limit=memory_limit)
+    def __init__(self, own, source, memory_limit):
+        self.latents_mean, self.latents_std = own.latents_mean, own.latents_std
+        self.stage = DecodingStage(load_decoder(source))
+        self.args = DecodingArgs(memory_limit=memory_limit)
 
     def __call__(self, latents):
         return 2 * self.stage.decode(latents, self.args) - 1
@@ -25,7 +24,9 @@ class Decoder:
 
 
 def main(memory_limit, *options):
-    generate_av.load_vae_decoder = lambda path, **given: Decoder(path, memory_limit)
+    # Its own decoder is made too, and dropped: that draws random numbers, on which the clip depends.
+    own = generate_av.load_vae_decoder
+    generate_av.load_vae_decoder = lambda path, **given: Decoder(own(path, **given), path, memory_limit)
     sys.argv[1:] = options
     generate_av.main()
 

@@ -15,7 +15,7 @@ from stand_ins import FastVideoPipeline, GenerateAV, LTX2Pipeline, NestedTensor,
 from vae_cases import random_latents, small_decoder
 
 import mlx_vae_tiling
-from mlx_vae_tiling import decode_frames, load_decoder, load_latents
+from mlx_vae_tiling import decode_frames, load_decoder, load_latents, plan_decode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ["from_diffusers.py", "from_fastvideo.py", "from_mlx_video.py"]
@@ -104,22 +104,30 @@ def statistics(decoder):
 
 def test_diffusers_decode_is_replaced(diffusers, decoder, latents, expected):
     pipe = LTX2Pipeline(numpy(latents), *statistics(decoder))
-    diffusers.script.replace_decode(pipe.vae, decoder, LIMIT)
+    plan = plan_decode(decoder, latents.shape, memory_limit="8.1MB")
+    assert plan.fits and plan.latent_frames_per_step == 1, "there must be several pieces"
+    diffusers.script.replace_decode(pipe.vae, decoder, "8.1MB")
     assert pipe.vae.decoder is None and pipe.vae.encoder == "torch's"
     frames, _ = pipe("a boat", return_dict=False)
     assert near(frames[0], expected)
     assert near(frames[0], np.concatenate(list(decode_frames(decoder, latents, bits=32))))
 
 
+def test_diffusers_keeps_the_budget(diffusers, decoder, latents):
+    vae = SimpleNamespace()
+    diffusers.script.replace_decode(vae, decoder, "4MB")
+    with pytest.raises(ValueError, match=r"no plan fits in 4\.00 MB"):
+        vae.decode(Tensor(numpy(latents)))
+
+
 def test_diffusers_tensor_is_the_memory_of_the_frames(diffusers, decoder, latents, monkeypatch):
-    arrays = []
-    monkeypatch.setattr(
-        sys.modules["torch"], "from_numpy", lambda array: arrays.append(array) or Tensor(array)
-    )
+    made = []
+    empty = lambda *given: made.append(np.empty(*given)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(diffusers.script, "np", SimpleNamespace(empty=empty, float32=np.float32))
     vae = SimpleNamespace()
     diffusers.script.replace_decode(vae, decoder)
     (video,) = vae.decode(Tensor(numpy(latents)), return_dict=False)
-    assert video.shape == (1, 3, 9, 64, 96) and np.shares_memory(video.array, arrays[0])
+    assert video.shape == (1, 3, 9, 64, 96) and np.shares_memory(video.array, made[0])
 
 
 def test_diffusers_batches_timesteps_and_noise(diffusers):
@@ -157,7 +165,10 @@ def test_diffusers_script(diffusers, decoder, latents, expected, demo_everywhere
 @pytest.fixture
 def mlx_video(monkeypatch, latents):
     module("mlx_video", monkeypatch)
-    stand_in = module("mlx_video.generate_av", monkeypatch, GenerateAV, latents=latents.astype(mx.bfloat16))
+    statistics = load_decoder("demo").per_channel_statistics
+    mean, std = (value.reshape(1, -1, 1, 1, 1) for value in (statistics.mean, statistics.std))
+    contents = {"upsampled": latents * std + mean, "mean": statistics.mean, "std": statistics.std}
+    stand_in = module("mlx_video.generate_av", monkeypatch, GenerateAV, **contents)
     return SimpleNamespace(script=importlib.import_module("from_mlx_video"), command=stand_in)
 
 
@@ -165,11 +176,11 @@ def mlx_video(monkeypatch, latents):
 def test_mlx_video_command(mlx_video, decoder, latents, tiling, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["from_mlx_video.py"])
     mlx_video.script.main(LIMIT, "--model-repo", "demo", "--tiling", tiling)
-    demo = load_decoder("demo")
-    statistics = demo.per_channel_statistics
-    mean, std = (value.reshape(1, -1, 1, 1, 1) for value in (statistics.mean, statistics.std))
-    given = (latents.astype(mx.bfloat16) * std + mean - mean) / std
-    levels = unit_range(demo(given)) * 255
+    # The same random numbers as without the script.
+    mx.random.seed(0)
+    mx.random.normal((3,))
+    noisy = latents + mx.random.normal(latents.shape) / 8
+    levels = unit_range(load_decoder("demo")(noisy)) * 255
     # It rounds down, and so frames that differ in the last bit may differ by a level.
     assert mlx_video.command.frames.shape == (9, 64, 96, 3)
     assert np.abs(mlx_video.command.frames + 0.5 - levels).max() <= 0.5 + 255 * TOLERANCE
@@ -331,22 +342,28 @@ def test_comfyui_budget_and_seed(comfyui, latents, monkeypatch):
 
 def test_comfyui_keeps_and_frees_the_decoder(comfyui, latents, monkeypatch):
     loads = []
-    load = sys.modules["mlx_vae_tiling_node.node"].load_decoder
+    nodes, load = [comfyui.node()], sys.modules["mlx_vae_tiling_node.node"].load_decoder
     name = "mlx_vae_tiling_node.node.load_decoder"
-    monkeypatch.setattr(name, lambda source: loads.append(source) or load(source))
-    node, samples = comfyui.node(), Tensor(numpy(latents))
+
+    def load_alone(source):
+        assert nodes[0].decoder is None, "two decoders are in memory"
+        loads.append(source)
+        return load(source)
+
+    monkeypatch.setattr(name, load_alone)
+    samples = Tensor(numpy(latents))
     mx.clear_cache()
     before = mx.get_active_memory()
-    run(node, samples)
-    run(node, samples)
+    run(nodes[0], samples)
+    run(nodes[0], samples)
     assert loads == ["demo"] and mx.get_active_memory() - before > 3e6
-    run(node, samples, decoder="demo.safetensors")
+    run(nodes[0], samples, decoder="demo.safetensors")
     assert len(loads) == 2 and loads[1].endswith("vae.safetensors")
-    run(node, samples, decoder="demo.safetensors", keep_decoder=False)
+    run(nodes[0], samples, decoder="demo.safetensors", keep_decoder=False)
     assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
-    run(node, samples)
+    run(nodes[0], samples)
     # "Free model and node cache" drops the node.
-    del node
+    nodes.clear()
     assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
 
 
