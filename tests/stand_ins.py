@@ -75,13 +75,31 @@ class LTX2Pipeline:
         return frames, Tensor(np.zeros((len(frames), 2, 100), np.float32), "bfloat16", "mps")
 
 
+def mlx_video_frames(vae, upsampled, tiling, on_frames_ready=None):
+    """What mlx-video does once it has a decoder: noise for its second stage, and frames rounded down."""
+    statistics = vae.per_channel_statistics
+    mean, std = (value.reshape(1, -1, 1, 1, 1) for value in (statistics.mean, statistics.std))
+    latents = (upsampled - mean) / std
+    latents = latents + mx.random.normal(latents.shape) / 8
+    if tiling == "none":
+        video = vae(latents)
+    else:
+        streamed = {} if on_frames_ready is None else {"on_frames_ready": on_frames_ready}
+        video = vae.decode_tiled(latents, tiling_config=object(), debug=True, **streamed)
+    return levels_rounded_down(video)
+
+
+def levels_rounded_down(video):
+    video = mx.clip((mx.transpose(mx.squeeze(video, axis=0), (1, 2, 3, 0)) + 1.0) / 2.0, 0.0, 1.0)
+    return np.array((video * 255).astype(mx.uint8))
+
+
 class GenerateAV(ModuleType):
-    """The command of mlx-video-with-audio, from its decoder on; `frames` is what it writes."""
+    """The command of mlx-video-with-audio; `frames` is what it writes."""
 
     def load_vae_decoder(self, path, timestep_conditioning=None, use_unified=False):
         assert (timestep_conditioning, use_unified) == (None, True)
         mx.random.normal((3,))  # The weights of a new model are random.
-        return SimpleNamespace(latents_mean=self.mean, latents_std=self.std)
 
     def main(self):
         parser = argparse.ArgumentParser()
@@ -89,16 +107,26 @@ class GenerateAV(ModuleType):
         parser.add_argument("--tiling", default="auto")
         options = parser.parse_args()
         vae = self.load_vae_decoder(options.model_repo, timestep_conditioning=None, use_unified=True)
-        # What its upsampler gives is not normalised.
-        mean, std = (value.reshape(1, -1, 1, 1, 1) for value in (vae.latents_mean, vae.latents_std))
-        latents = (self.upsampled - mean) / std
-        latents = latents + mx.random.normal(latents.shape) / 8
-        if options.tiling == "none":
-            video = vae(latents)
-        else:
-            video = vae.decode_tiled(latents, tiling_config=object(), debug=True)
-        video = mx.clip((mx.transpose(mx.squeeze(video, axis=0), (1, 2, 3, 0)) + 1.0) / 2.0, 0.0, 1.0)
-        self.frames = np.array((video * 255).astype(mx.uint8))
+        named = vae.per_channel_statistics
+        assert vae.latents_mean is named.mean and vae.latents_std is named.std
+        self.frames = mlx_video_frames(vae, self.upsampled, options.tiling)
+
+
+class GenerateLTX2(ModuleType):
+    """The command of mlx-video itself, which streams frames to its writer."""
+
+    class VideoDecoder:
+        @classmethod
+        def from_pretrained(cls, path):
+            mx.random.normal((3,))
+            return cls()
+
+    def main(self):
+        written = []
+        vae = self.VideoDecoder.from_pretrained("model/vae/decoder")
+        self.frames = mlx_video_frames(vae, self.upsampled, "auto", lambda *given: written.append(given))
+        [(video, start)] = written
+        assert start == 0 and np.array_equal(levels_rounded_down(video), self.frames)
 
 
 class VideoGenerator:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import stand_ins
-from stand_ins import FastVideoPipeline, GenerateAV, LTX2Pipeline, NestedTensor, Tensor, module
+from stand_ins import FastVideoPipeline, GenerateAV, GenerateLTX2, LTX2Pipeline, NestedTensor, Tensor, module
 from vae_cases import random_latents, small_decoder
 
 import mlx_vae_tiling
@@ -163,30 +163,44 @@ def test_diffusers_script(diffusers, decoder, latents, expected, demo_everywhere
 
 
 @pytest.fixture
-def mlx_video(monkeypatch, latents):
-    module("mlx_video", monkeypatch)
+def upsampled(latents):
+    """The latents as mlx-video's upsampler gives them, not normalised."""
     statistics = load_decoder("demo").per_channel_statistics
     mean, std = (value.reshape(1, -1, 1, 1, 1) for value in (statistics.mean, statistics.std))
-    contents = {"upsampled": latents * std + mean, "mean": statistics.mean, "std": statistics.std}
-    stand_in = module("mlx_video.generate_av", monkeypatch, GenerateAV, **contents)
-    return SimpleNamespace(script=importlib.import_module("from_mlx_video"), command=stand_in)
+    return latents * std + mean
+
+
+@pytest.fixture
+def mlx_video_levels(latents):
+    """The frames of the latents with the noise that mlx-video draws after it has made its decoder."""
+    mx.random.seed(0)
+    mx.random.normal((3,))
+    levels = unit_range(load_decoder("demo")(latents + mx.random.normal(latents.shape) / 8)) * 255
+    mx.random.seed(0)
+    return levels
+
+
+def assert_rounded_down(frames, levels):
+    """Frames that differ in the last bit may differ by a level."""
+    assert frames.shape == levels.shape and frames.dtype == np.uint8
+    assert np.abs(frames + 0.5 - levels).max() <= 0.5 + 255 * TOLERANCE
+
+
+@pytest.fixture
+def mlx_video(monkeypatch, upsampled):
+    command = module("mlx_video.generate_av", monkeypatch, GenerateAV, upsampled=upsampled)
+    return SimpleNamespace(script=importlib.import_module("from_mlx_video"), command=command)
 
 
 @pytest.mark.parametrize("tiling", ["auto", "none"])
-def test_mlx_video_command(mlx_video, decoder, latents, tiling, monkeypatch):
+def test_mlx_video_command(mlx_video, mlx_video_levels, tiling, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["from_mlx_video.py"])
     mlx_video.script.main(LIMIT, "--model-repo", "demo", "--tiling", tiling)
-    # The same random numbers as without the script.
-    mx.random.seed(0)
-    mx.random.normal((3,))
-    noisy = latents + mx.random.normal(latents.shape) / 8
-    levels = unit_range(load_decoder("demo")(noisy)) * 255
-    # It rounds down, and so frames that differ in the last bit may differ by a level.
-    assert mlx_video.command.frames.shape == (9, 64, 96, 3)
-    assert np.abs(mlx_video.command.frames + 0.5 - levels).max() <= 0.5 + 255 * TOLERANCE
+    assert_rounded_down(mlx_video.command.frames, mlx_video_levels)
 
 
-def test_mlx_video_keeps_the_budget(mlx_video):
+def test_mlx_video_keeps_the_budget(mlx_video, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["from_mlx_video.py"])
     with pytest.raises(ValueError, match=r"no plan fits in 4\.00 MB"):
         mlx_video.script.main("4MB", "--model-repo", "demo")
 
@@ -398,13 +412,22 @@ def test_pages_of_diffusers(diffusers, decoder, latents, expected, demo_everywhe
     assert np.abs(np.load("clip.npy") - 255 * expected).max() <= 0.5 + 255 * TOLERANCE
 
 
+def test_pages_of_mlx_video_itself(upsampled, mlx_video_levels, monkeypatch):
+    command = module("mlx_video.models.ltx_2.generate", monkeypatch, GenerateLTX2, upsampled=upsampled)
+    own = importlib.import_module("from_mlx_video")
+    monkeypatch.setattr(own, "load_decoder", lambda path: {"model/vae/decoder": load_decoder("demo")}[path])
+    monkeypatch.setattr(GenerateLTX2, "VideoDecoder", type("VideoDecoder", (GenerateLTX2.VideoDecoder,), {}))
+    run_block(blocks("from_mlx_video")[0])
+    assert_rounded_down(command.frames, mlx_video_levels)
+
+
 def test_pages_of_mlx_video(latents, expected, demo_everywhere, monkeypatch):
     import av
 
     with wave.open("clip.wav", "wb") as sound:
         sound.setparams((1, 2, 24000, 9000, "NONE", ""))
         sound.writeframes(bytes(18000))
-    kept, ported = blocks("from_mlx_video")
+    _, kept, ported = blocks("from_mlx_video")
     run_block(kept, latents=latents)
     with av.open("clip.mp4") as clip:
         assert clip.streams.video[0].frames == 9 and len(clip.streams.audio) == 1
