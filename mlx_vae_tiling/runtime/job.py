@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_vae_tiling.runtime.autotune import plan_to_run
 from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
-from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
+from mlx_vae_tiling.runtime.frames import Frames, finish
 from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
@@ -69,7 +69,7 @@ class Job:
         latents: (B, C, F, H, W), finite.
         plan: For them; it fits.
         options: Of the decode.
-        kind: Of the frames that are wanted: one of `KINDS`.
+        kind: Of the frames that are wanted: one of `frames.KINDS`, or "unit".
         meter: Of MLX's memory.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
@@ -110,8 +110,6 @@ class Job:
             ValueError: If something does not fit something else.
             RuntimeError: If the device fails twice.
         """
-        if kind not in KINDS:
-            raise ValueError(f"bits must be 8 or 16, got {kind.removeprefix('uint')}")
         decoder.check(latents, options)
         bad = tried_twice(lambda: _not_finite(latents), "looking at the latents") if checked else []
         if bad:

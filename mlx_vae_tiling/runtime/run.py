@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.faults import tried_twice
 from mlx_vae_tiling.runtime.forms import expected_seconds
-from mlx_vae_tiling.runtime.frames import Frames
+from mlx_vae_tiling.runtime.frames import KINDS, Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
@@ -65,13 +65,13 @@ def decode_frames(
             value of causal, which is then the default.
         noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
         num_inference_steps: Of a diffusion decoder; None for its config's.
-        bits: 8 for uint8, 16 for uint16 frames.
+        bits: 8 for uint8, 16 for uint16 frames, 32 for float32 in [0, 1].
         no_tune: Measures no form of convolution before a long decode on Metal, which takes two seconds the
             first time, and takes none for having been measured. A plan that is given has its forms.
         progress: Shows a progress bar on stderr, with the seconds that are expected where they are known.
 
     Returns:
-        An iterator of uint8 (or uint16) arrays (f, H, W, 3).
+        An iterator of uint8 (or uint16, float32) arrays (f, H, W, 3).
 
     Raises:
         ValueError: If latents or options do not fit the decoder, or nothing fits the budget.
@@ -224,6 +224,8 @@ def _job(
     noise: mx.array | None,
     progress: bool,
 ) -> Job:
+    if bits not in KINDS:
+        raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
     if plan is not None and options["causal"] is None:
         options["causal"] = plan.causal
     if plan is not None and options["num_inference_steps"] is None:
@@ -231,7 +233,7 @@ def _job(
     if progress:
         planning["tell"] = _print
     resolved = decoder.options(**options)
-    job = Job.prepare(decoder, latents, resolved, f"uint{bits}", plan, noise=noise, **planning)
+    job = Job.prepare(decoder, latents, resolved, KINDS[bits], plan, noise=noise, **planning)
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"
