@@ -28,6 +28,8 @@ from mlx_vae_tiling import (
 from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.vae.backends import CPU
 
+pytestmark = pytest.mark.cpu
+
 DIFFUSION = replace(
     SMALL,
     head_dim=16,

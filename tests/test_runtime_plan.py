@@ -26,6 +26,8 @@ from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.schedule import Pace
 
+pytestmark = pytest.mark.cpu
+
 FULL_HD = (1, 128, 16, 34, 60)
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
 WINDOWS = [

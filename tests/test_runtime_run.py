@@ -18,7 +18,7 @@ import av
 import mlx.core as mx
 import numpy as np
 import pytest
-from vae_cases import joined, random_latents, small_decoder
+from vae_cases import budgets, joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
 from mlx_vae_tiling.media import npy
@@ -34,8 +34,8 @@ from mlx_vae_tiling.vae.schedule import Pace
 SIZE = (4, 4, 3)
 """Latent frames, height and width of most tests: 25 frames of 96x128 pixels."""
 
-LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_550_000}
-"""For these latents and the LTX-2.3 decoder: one chunk, several, and several windows."""
+LIMITS = budgets(small_decoder("ltx-2.3"), SIZE)
+"""For these latents: one chunk, several, and several windows."""
 
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
 
@@ -767,7 +767,8 @@ def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, mo
 
 def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):
     latents = random_latents(decoder, 1, 12, 2, 2)
-    plan = plan_decode(decoder, latents.shape, memory_limit="1.6MB")
+    streamed = plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, 1))
+    plan = plan_decode(decoder, latents.shape, memory_limit=streamed.peak_bytes)
     assert plan.limited_by == "the memory limit"
     paces = record_paces(monkeypatch)
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.lasting_bytes // 2)
