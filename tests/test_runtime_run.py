@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ import av
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from vae_cases import budgets, joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
@@ -27,6 +29,7 @@ from mlx_vae_tiling.media.video import unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime import job, journal, output, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
+from mlx_vae_tiling.vae.backends import METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.schedule import Pace
@@ -795,3 +798,40 @@ def test_memory_that_is_held_otherwise_does_not_count(decoder, latents):
 
 def test_frames_are_a_lazy_iterator(decoder, latents):
     assert len(next(islice(decode_frames(decoder, latents, memory_limit=LIMITS["streamed"]), 1))) < 25
+
+
+@pytest.mark.parametrize(("computing", "halved"), [(0.1, False), (1000.0, True)])
+def test_slow_evaluations_halve_the_chunks_and_a_slow_consumer_does_not(
+    decoder, latents, computing, halved, monkeypatch
+):
+    """By a stand-in clock: seconds of a piece, and a hundred thousand for each that the consumer has."""
+    now, finish = [0.0], job.finish
+
+    def slow_finish(*given):
+        now[0] += computing
+        return finish(*given)
+
+    monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(job, "finish", slow_finish)
+    paces, plan = (
+        record_paces(monkeypatch),
+        plan_decode(decoder, latents.shape, memory_limit=LIMITS["streamed"], backend=METAL),
+    )
+    monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.peak_bytes)
+    count = 0
+    for frames in decode_frames(decoder, latents, plan=plan):
+        now[0] += 1e5
+        count += len(frames)
+    begun = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
+    assert count == 25 and (paces[-1].limit(8) < begun.limit(8)) == halved
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_frames_asked_for_in_one_thread_are_decoded_in_another(decoder, latents, limit):
+    """What was only scheduled in the first thread cannot be computed in the second."""
+    fresh = VideoDecoder(decoder.config)
+    fresh.load_weights([(name, value + 0) for name, value in tree_flatten(decoder.parameters())])
+    pieces = decode_frames(fresh, latents + 0, memory_limit=LIMITS[limit])
+    with ThreadPoolExecutor(1) as pool:
+        frames = np.concatenate(pool.submit(list, pieces).result())
+    assert_rounded(frames, decoder(latents))
