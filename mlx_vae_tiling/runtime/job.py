@@ -120,11 +120,11 @@ class Job:
         plan.require_match(decoder, latents.shape, options)
         plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
-        tried_twice(lambda: mx.eval(weights), "reading the weights")
+        noise_of_video = decoder.noise(latents.shape, options, noise)
+        given = [] if noise_of_video.given is None else [noise_of_video.given]
+        # Whichever thread goes on, it cannot compute what this one has only scheduled.
+        tried_twice(lambda: mx.eval(latents, weights, given), "reading the weights")
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
-        noise_of_video = tried_twice(
-            lambda: decoder.noise(latents.shape, options, noise), "drawing the noise"
-        )
         return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
 
     @property
