@@ -88,7 +88,7 @@ class Verification:
         count, largest = len(self.frames), self.total.largest
         if largest <= 1:
             what = "equal to rounding, no value differs by more than 1 of 255" if largest else "identical"
-            return f"{what}: {count} frames{'' if self.seams else ', no seams'}"
+            return f"{what}: {count} frame{'' if count == 1 else 's'}{'' if self.seams else ', no seams'}"
         worst = self.worst_frame
         if not self.seam_total.values:
             told = f"{in_db(self.total.psnr)}, worst frame {worst} ({in_db(self.frames[worst].psnr)})"
