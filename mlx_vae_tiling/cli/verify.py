@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +55,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares and prints the verdict; returns the exit status."""
-    if args.map or args.plot:
-        _require_matplotlib()
+    for path in (args.map, args.plot):
+        if path is not None:
+            _require_drawable(path)
     decoder = given_decoder(args)
     latents = latents_for(args, decoder).latents
     from tqdm import tqdm
@@ -71,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
             report=bar.update,
             **decoding_options(args),
         )
+    print_result(args, verification_text(result), verification_fields(result))
     if args.map:
         draw_map(result, args.map)
     if args.plot:
         draw_frames(result, args.plot)
-    print_result(args, verification_text(result), verification_fields(result))
     return 1 if result.differs_visibly else 0
 
 
@@ -135,6 +138,16 @@ def _require_matplotlib() -> Any:
             "--map and --plot need Matplotlib: pip install 'mlx_vae_tiling[figures]'"
         ) from error
     return figure
+
+
+def _require_drawable(path: str) -> None:
+    """Raises before anything is decoded what drawing a picture of this name would raise after it."""
+    kinds = _require_matplotlib().Figure().canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise ValueError(f"a picture must end in .{', .'.join(sorted(kinds))}, got {path}")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "no such directory to write in, create it first", folder)
 
 
 def draw_map(result: Verification, path: str) -> None:
