@@ -29,8 +29,9 @@ EXAMPLES = f"""
 Both decodes run piece by piece, together within --memory. Frames of 8 bits are compared.
 Seams: where blended tiles overlap; where windows meet, a latent to each side.
 Seams are visible where the worst frame has less than {VISIBLE_DB:.0f} dB at its seams, and less than the
-video has elsewhere by at least {SEAM_DB:.0f} dB; other differences where a frame has less than {VISIBLE_DB:.0f} dB,
-which are 2.6 levels of 255, root mean square. That is a convention: look at the frame that is named.
+video has elsewhere by at least {SEAM_DB:.0f} dB; other differences where a frame has less than
+{VISIBLE_DB:.0f} dB, which are 2.6 levels of 255, root mean square. That is a convention: look at the
+frame that is named.
 
 exit status: 0, or 1 where seams or other differences are visible"""
 
