@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vae_tiling.media.video import frame_rate
-from mlx_vae_tiling.runtime.frames import Frames
+from mlx_vae_tiling.runtime.frames import KINDS, Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
@@ -93,11 +93,11 @@ def decode_frames(
             value of causal, which is then the default.
         noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
         num_inference_steps: Of a diffusion decoder; None for its config's.
-        bits: 8 for uint8, 16 for uint16 frames.
+        bits: 8 for uint8, 16 for uint16 frames, 32 for float32 in [0, 1].
         progress: Shows a progress bar on stderr.
 
     Returns:
-        An iterator of uint8 (or uint16) arrays (f, H, W, 3).
+        An iterator of uint8 (or uint16, float32) arrays (f, H, W, 3).
 
     Raises:
         ValueError: If latents or options do not fit the decoder, or nothing fits the budget.
@@ -212,11 +212,13 @@ def new_job(
     noise: mx.array | None,
 ) -> Job:
     """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
+    if bits not in KINDS:
+        raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
     if plan is not None:
         for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
             options[name] = planned if options.get(name) is None else options[name]
     job = Job.prepare(
-        decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning
+        decoder, latents, decoder.options(**options), KINDS[bits], plan, noise=noise, **planning
     )
     if len(latents) != 1:
         raise ValueError(
