@@ -106,8 +106,8 @@ def decode_frames(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
-    return _with_progress(job, None, progress)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise)
+    return frames_of(job, None, progress)
 
 
 def decode_to_file(
@@ -170,7 +170,7 @@ def decode_to_file(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
@@ -182,7 +182,7 @@ def decode_to_file(
         if output.writer is not None:
             if output.journal.parts != job.plan.parts:
                 job = job.planned_anew(output.journal.parts)
-            with contextlib.closing(_with_progress(job, output, progress)) as frames:
+            with contextlib.closing(frames_of(job, output, progress)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
     seconds = time.perf_counter() - began
@@ -202,7 +202,7 @@ def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | 
     }
 
 
-def _job(
+def new_job(
     decoder: StreamingDecoder,
     latents: mx.array,
     bits: int,
@@ -211,12 +211,12 @@ def _job(
     planning: dict[str, Any],
     noise: mx.array | None,
 ) -> Job:
+    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     if bits not in KINDS:
         raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
-    if plan is not None and options["causal"] is None:
-        options["causal"] = plan.causal
-    if plan is not None and options["num_inference_steps"] is None:
-        options["num_inference_steps"] = plan.inference_steps
+    if plan is not None:
+        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
+            options[name] = planned if options.get(name) is None else options[name]
     job = Job.prepare(
         decoder, latents, decoder.options(**options), KINDS[bits], plan, noise=noise, **planning
     )
@@ -227,8 +227,11 @@ def _job(
     return job
 
 
-def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Generator[Frames]:
-    """Several windows count each frame of each."""
+def frames_of(job: Job, output: DecodeOutput | None = None, progress: bool = False) -> Generator[Frames]:
+    """Frames of a job in order, those that an output keeps left out; several windows are put together.
+
+    Progress counts each frame of each window.
+    """
     from tqdm import tqdm
 
     parts = len(job.plan.parts)
@@ -257,15 +260,16 @@ def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Gen
 def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
     """Finished frames of several windows from frame `start` on, those of the store first."""
     for index, part in enumerate(job.plan.parts):
-        yield from _read(store, start, min(store.done))
+        yield from read_store(store, start, min(store.done))
         start = max(start, min(store.done))
         for frames in job.decode(part, store.done[index], report):
             store.append(index, frames)
-            yield from _read(store, start, min(store.done))
+            yield from read_store(store, start, min(store.done))
             start = max(start, min(store.done))
-    yield from _read(store, start, job.plan.frames)
+    yield from read_store(store, start, job.plan.frames)
 
 
-def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+def read_store(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+    """Its frames, a few at a time."""
     for first in range(start, stop, 8):
         yield store.read(first, min(first + 8, stop))
