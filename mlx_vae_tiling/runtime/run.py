@@ -80,8 +80,8 @@ def decode_frames(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
-    job = _job(decoder, latents, bits, plan, options, planning, noise, progress)
-    return _with_progress(job, None, progress, expected_seconds(decoder, job.plan) if progress else None)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise, progress)
+    return frames_of(job, None, progress, expected_seconds(decoder, job.plan) if progress else None)
 
 
 def decode_to_file(
@@ -145,7 +145,7 @@ def decode_to_file(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
-    job = _job(decoder, latents, bits, plan, options, planning, noise, progress)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise, progress)
     fingerprint = tried_twice(lambda: _fingerprint(job, bits, noise), "reading what is decoded")
     video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
     with open_output(
@@ -155,7 +155,7 @@ def decode_to_file(
         if output.writer is not None:
             job = job.as_begun(output.journal.parts, output.journal.arithmetic)
             expected = _expected_now(job, output)
-            with contextlib.closing(_with_progress(job, output, progress, expected)) as frames:
+            with contextlib.closing(frames_of(job, output, progress, expected)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
     return _reported(job, path, output.kept, time.perf_counter() - began, expected)
@@ -214,7 +214,7 @@ def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | 
     }
 
 
-def _job(
+def new_job(
     decoder: StreamingDecoder,
     latents: mx.array,
     bits: int,
@@ -222,14 +222,14 @@ def _job(
     options: dict[str, Any],
     planning: dict[str, Any],
     noise: mx.array | None,
-    progress: bool,
+    progress: bool = False,
 ) -> Job:
+    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     if bits not in KINDS:
         raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
-    if plan is not None and options["causal"] is None:
-        options["causal"] = plan.causal
-    if plan is not None and options["num_inference_steps"] is None:
-        options["num_inference_steps"] = plan.inference_steps
+    if plan is not None:
+        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
+            options[name] = planned if options.get(name) is None else options[name]
     if progress:
         planning["tell"] = _print
     resolved = decoder.options(**options)
@@ -241,10 +241,13 @@ def _job(
     return job
 
 
-def _with_progress(
-    job: Job, output: DecodeOutput | None, progress: bool, expected: float | None
+def frames_of(
+    job: Job, output: DecodeOutput | None = None, progress: bool = False, expected: float | None = None
 ) -> Generator[Frames]:
-    """Several windows count each frame of each. Seconds that are expected are told before the bar."""
+    """Frames of a job in order, those that an output keeps left out; several windows are put together.
+
+    Progress counts each frame of each window, and tells the seconds that are expected.
+    """
     from tqdm import tqdm
 
     parts = len(job.plan.parts)
@@ -274,15 +277,16 @@ def _with_progress(
 def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
     """Finished frames of several windows from frame `start` on, those of the store first."""
     for index, part in enumerate(job.plan.parts):
-        yield from _read(store, start, min(store.done))
+        yield from read_store(store, start, min(store.done))
         start = max(start, min(store.done))
         for frames in job.decode(part, store.done[index], report):
             store.append(index, frames)
-            yield from _read(store, start, min(store.done))
+            yield from read_store(store, start, min(store.done))
             start = max(start, min(store.done))
-    yield from _read(store, start, job.plan.frames)
+    yield from read_store(store, start, job.plan.frames)
 
 
-def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+def read_store(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+    """Its frames, a few at a time."""
     for first in range(start, stop, 8):
         yield store.read(first, min(first + 8, stop))
