@@ -148,7 +148,7 @@ def test_it_is_told_where_progress_is(decoder, latents, metal, progress):
 @pytest.fixture
 def command(decoder, latents, monkeypatch, tmp_path):
     """Decodes small latents by the command."""
-    monkeypatch.setattr("mlx_vae_tiling.cli.decode.load_decoder", lambda *given, **more: decoder)
+    monkeypatch.setattr("mlx_vae_tiling.cli.decoding.load_decoder", lambda *given, **more: decoder)
     np.save(tmp_path / "in.npy", np.array(latents))
     arguments = ["decode", str(tmp_path / "in.npy"), "--vae", "demo", "-o", str(tmp_path / "out.npy")]
     return lambda *more: main([*arguments, "--overwrite", "--memory", "1GB", *more])
