@@ -25,7 +25,10 @@ from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, pa
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.schedule import Pace, schedule
+
+pytestmark = pytest.mark.cpu
 
 FULL_HD = (1, 128, 16, 34, 60)
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -326,3 +329,13 @@ def test_predicted_peak(case):
     assert result.plan.fits
     assert result.plan.peak_bytes == pytest.approx(result.measured_bytes, rel=0.15)
     assert result.measured_bytes <= 1.05 * result.plan.memory_limit
+
+
+@pytest.mark.parametrize("version", ["ltx-0.9.5", "ltx-2.3", "ltx-2.5", "taeltx2_3"])
+def test_planning_asks_the_device_for_nothing(version, monkeypatch):
+    """A device that fails cannot fail a plan."""
+    for ask in ("tolist", "item", "__array__", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(mx.array, ask, pytest.fail)
+    config = PUBLISHED[version].config
+    plan = plan_decode(config, (1, config.latent_channels, 3, 4, 4), memory_limit="34GB", backend="metal")
+    assert plan.fits

@@ -34,6 +34,8 @@ class Journal:
         parts: What is decoded one after the other.
         shape: (F, H, W, 3) of the output.
         fingerprint: What the frames depend on, by name.
+        arithmetic: Of the backend that the decode was begun with, whose forms another run takes over: what
+            was measured since would change the rounding.
         done: Finished frames of each part; of a single part the unfinished output itself tells.
         replaces: The file that had the output's name when the decode began, by `identity`.
     """
@@ -42,12 +44,13 @@ class Journal:
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     fingerprint: dict[str, str]
+    arithmetic: dict[str, Any]
     done: list[int] | None
     replaces: Identity | None
 
     @classmethod
     def read(cls, folder: Path, plan: DecodePlan, fingerprint: dict[str, str]) -> Journal:
-        """The journal that is there, with the parts its decode was begun with.
+        """The journal that is there, with the parts and the arithmetic its decode was begun with.
 
         Raises:
             ValueError: If it cannot be read or tells of another decode.
@@ -58,6 +61,7 @@ class Journal:
             parts = tuple(_read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
+            arithmetic = dict(told["arithmetic"])
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
@@ -70,7 +74,11 @@ class Journal:
                 f"{', '.join(changed) or 'size'} differs from {place}; "
                 f"delete {folder} and begin again with overwrite=True, --overwrite"
             )
-        return cls(folder, parts, shape, fingerprint, done, replaces)
+        try:
+            plan.backend.computing_as(arithmetic)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise unreadable(folder, error) from error
+        return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces)
 
     def write(self) -> None:
         """Replaces what is there."""

@@ -28,7 +28,7 @@ class DecodeOutput:
     """Where the frames of a decode go.
 
     Attributes:
-        journal: Its journal, with the parts that the decode was begun with.
+        journal: Its journal, with the parts and the arithmetic that the decode was begun with.
         writer: Takes the frames from `writer.frames_kept` on; None if an earlier run has completed it.
         store: Keeps the frames of several windows; a single one needs none, as the output keeps them.
         kept: Finished frames, all in all, of an earlier run.
@@ -123,7 +123,8 @@ def _begin(
     _require_room(path, folder, shape, dtype, len(plan.parts), options["codec"], options["quality"])
     writer = open_video(path, overwrite=overwrite, **options)
     done = [0] * len(plan.parts) if len(plan.parts) > 1 else None
-    journal = Journal(folder, plan.parts, shape, fingerprint, done, identity(first_file(path)))
+    replaces, arithmetic = identity(first_file(path)), plan.backend.arithmetic
+    journal = Journal(folder, plan.parts, shape, fingerprint, arithmetic, done, replaces)
     journal.write()
     # Frames of a decode that is begun again; the journal no longer counts them.
     (folder / "frames").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.forms import tuned_backend
+from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, neediest
 from mlx_vae_tiling.runtime.memory import memory_budget
@@ -91,17 +91,17 @@ def plan_decode(
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
-    plan = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    if no_tune or isinstance(backend, Backend):
-        return plan
-    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-    tuned = tuned_backend(model.backend, model.steps, everything, dtype)
-    if tuned == model.backend:
-        return plan
-    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, options)
-    better = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    # A faster form that takes so much memory that halos are repeated is none.
-    return better if better.fits and len(better.parts) <= len(plan.parts) else plan
+    backends = [model.backend]
+    if not isinstance(backend, Backend):
+        everything = Window().region(*decoder.output_shape(latent_shape)[2:])
+        tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
+        backends = list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
+
+    def planned(backend: Backend) -> DecodePlan:
+        model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
+        return _plan_exact(model, wanted, budget, tiling, parts, chunk)
+
+    return fewest_windows(planned, backends)
 
 
 def _plan_exact(
