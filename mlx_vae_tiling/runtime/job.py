@@ -17,11 +17,10 @@ from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
-
-SMALLEST_CACHE_BYTES = 2**20
 
 SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
 """In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
@@ -64,7 +63,8 @@ class Job:
         plan: For them; it fits.
         options: Of the decode.
         kind: Of the frames that are wanted: one of `KINDS`.
-        meter: Of MLX's memory.
+        backend: The plan's, opened.
+        meter: Of the memory for arrays.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
     """
@@ -74,6 +74,7 @@ class Job:
     plan: DecodePlan
     options: DecodeOptions
     kind: str
+    backend: Backend
     meter: PeakMeter
     noise: Noise
     checked: bool = True
@@ -116,7 +117,9 @@ class Job:
         mx.eval(weights)
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
         noise_of_video = decoder.noise(latents.shape, options, noise)
-        return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
+        backend = plan.backend.opened()
+        meter = PeakMeter(others, backend)
+        return cls(decoder, latents, plan, options, kind, backend, meter, noise_of_video, checked)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -197,15 +200,14 @@ class Job:
         return frames, Failure(tuple(faults)) if faults and self.checked else None
 
     def _limits(self) -> Any:
-        limit = self.plan.memory_limit + self.meter.others
-        cache = self.plan.backend.cache_bytes(limit, max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
-        return memory_limits(limit, cache=cache)
+        limit = self.plan.memory_limit - self.plan.workspace_bytes + self.meter.others
+        return memory_limits(limit, cache=self.backend.cache_bytes(limit, self.plan.chunk_bytes))
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
         """Pieces of one part from output frame `start` on."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
-            pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
+            pieces = decoder.run_tiled(self.latents, options, plan.tiling, self.backend, noise=self.noise)
             return _skip(pieces, start)
         _, rows, columns = part.latents
         latents = self.latents[..., rows.slice, columns.slice]
@@ -214,7 +216,7 @@ class Job:
         pixels = pixels.over(start, pixels.time.stop)
         # Integers are made of what was computed, and not of that in the latents' dtype.
         dtype = latents.dtype if self.kind == "unit" else decoder.dtype
-        return decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
+        return decoder.run(latents, options, pixels, pace, noise, self.backend, dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.

@@ -35,7 +35,7 @@ class DecodeReport:
         frames: Frames in it.
         resumed_frames: Of these, those that an earlier run had decoded.
         seconds: Time taken, opening and writing included.
-        peak_bytes: Measured peak of MLX's memory.
+        peak_bytes: Measured peak of the memory for arrays, as the plan counts it.
         footprint_bytes: The most physical memory that the process ever held, by the system's count.
         plan: The plan that was run, which holds the prediction.
     """

@@ -43,11 +43,11 @@ def choose_form(height: int, width: int, in_channels: int, out_channels: int) ->
 
 
 def workspace_bytes(
-    form: CpuForm, frames: int, height: int, width: int, in_channels: int, out_channels: int
+    form: CpuForm, frames: int, height: int, width: int, in_channels: int, out_channels: int, workers: int = 1
 ) -> int:
-    """Bytes that `convolve_rows` takes outside MLX for (frames, height, width) outputs of one worker."""
+    """Bytes that `convolve_rows` takes outside MLX for (frames, height, width) outputs."""
     if form == "winograd":
-        return winograd.workspace_bytes(frames, height, width, in_channels, out_channels)
+        return winograd.workspace_bytes(frames, height, width, in_channels, out_channels, workers=workers)
     shapes = _columns_shapes if form == "columns" else _shifts_shapes
     return bytes_of(*shapes(height, width, in_channels, out_channels))
 

@@ -16,7 +16,8 @@ from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
 from mlx_vae_tiling.vae.backend_layers import CPULayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
+from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_numpy, workspace_bytes
+from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding
 from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.workers import idle_cores
@@ -24,6 +25,11 @@ from mlx_vae_tiling.vae.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**17
 """How much the CPU activates at a time: a few copies of it fit into a core's cache."""
+
+SHARING_FRAMES, SHARING_POSITIONS = 4, 384
+"""Frames of a chunk, and positions at the scale of the latents, beyond which a larger one gains under 3 %."""
+
+SMALL_BUFFERS_BYTES = 2**22
 
 _workers = lru_cache(maxsize=1)(idle_cores)
 
@@ -35,15 +41,29 @@ class CPUBackend(CPULayerBackend, Backend):
     Args:
         form: Pins a form of convolution.
         workspace: Where NumPy's forms compute, outside of MLX; None for a new one each time.
-        workers: Threads that share a convolution; the numbers do not depend on it.
+        workers: Threads that share a convolution; 0 for one on each core that is free for them. The
+            numbers do not depend on it.
     """
 
     name: BackendName = "cpu"
     workspace: Workspace | None = field(default=None, compare=False)
-    workers: int = field(default=1, compare=False)
+    workers: int = field(default=0, compare=False)
 
     def opened(self) -> CPUBackend:
-        return replace(self, workspace=Workspace(), workers=_workers())
+        return replace(self, workspace=self.workspace or Workspace(), workers=self.workers or _workers())
+
+    @property
+    def held_workspace_bytes(self) -> int:
+        return self.workspace.nbytes if self.workspace else 0
+
+    def useful_chunk(self, positions: int, scale: int) -> tuple[int, int]:
+        """Frames are computed one by one; a chunk shares their transforms, and those of the kernels."""
+        frames: int = 2 ** math.ceil(math.log2(max(SHARING_FRAMES, SHARING_POSITIONS / positions)))
+        return frames, frames
+
+    def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
+        """Only of small buffers: large ones the system gives as fast."""
+        return SMALL_BUFFERS_BYTES
 
     @property
     def pieces_ahead(self) -> int:
@@ -144,6 +164,14 @@ class CPUBackend(CPULayerBackend, Backend):
         if itemsize == 2:
             convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
         return max(activating, convolving)
+
+    def workspace_bytes(self, operands: Operands) -> int:
+        if (self.form or self.default_form(mx.float32)) != "numpy":
+            return 0
+        _, frames, height, width, channels_in, channels_out, *_ = operands
+        form = choose_form(height, width, channels_in, channels_out)
+        workers = self.workers or _workers()
+        return workspace_bytes(form, frames, height, width, channels_in, channels_out, workers)
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         return max(convolution, itemsize * made + shortcut)
