@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -53,14 +54,20 @@ def progress(path):
         return 0
 
 
+def complete(path):
+    """Whether the output stands at its place with nothing left beside it."""
+    return path.exists() and not path.with_name(path.name + ".partial").exists()
+
+
 def kill_at_random(process, path, draw):
-    """Kills at some moment of the decode, or sometimes before it; False if the decode was complete."""
+    """Kills at some moment of the decode, or sometimes before it; False if the decode had ended by itself."""
     before, early = progress(path), draw.random() < 0.15
     while process.poll() is None and not early and progress(path) == before:
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.3))
     process.kill()
-    return process.wait() != 0
+    assert process.wait() in (0, -signal.SIGKILL)
+    return process.returncode != 0
 
 
 def assert_shows(path, expected):
@@ -83,19 +90,17 @@ def test_kill_and_resume(suffix, limit, windows, tmp_path):
     assert start(tmp_path / "expected.npy", limit, windows).wait() == 0
     expected = np.load(tmp_path / "expected.npy")
     assert expected.shape[0] == FRAMES and expected.std() > 10
-    while kills < KILLS:
+    # How many kills fall between the first and the last frame depends on the machine: half as many as asked for do.
+    while kills < KILLS or inside <= KILLS / 2:
+        assert kills < 6 * KILLS, "hardly any kill fell between the first and the last frame"
         path = tmp_path / f"{decodes}.{suffix}"
-        while kills < KILLS and kill_at_random(start(path, limit, windows), path, draw):
+        while not complete(path) and kill_at_random(start(path, limit, windows), path, draw):
             kills += 1
             kept = kept_frames(path)
             inside += kept is not None and 0 < kept[1] < 1
-        folder = path.with_name(path.name + ".partial")
-        # A kill may also come when only the end of the process was missing.
-        assert (path.exists() and not folder.exists()) or start(path, limit, windows).wait() == 0
         if suffix == "npy":
             assert path.read_bytes() == (tmp_path / "expected.npy").read_bytes()
         else:
             assert_shows(path, expected)
-        assert kept_frames(path) is None
+        assert complete(path) and kept_frames(path) is None
         decodes += 1
-    assert inside > KILLS / 2
