@@ -100,11 +100,14 @@ class CPUBackend(CPULayerBackend, Backend):
         skip: mx.array | None = None,
         first_frame: int = 0,
     ) -> mx.array:
-        """In float32 one pass over rows in cache: what is activated and what is padded exist only there.
+        """One pass over rows in cache: what is activated and what is padded exist only there.
 
-        In half precision what is activated is rounded, as it is on other backends.
+        In half precision what comes out is rounded, and so is its sum with the skip, as on other backends.
         """
-        if not self._fuses(x.dtype.size):
+        if skip is not None and x.dtype.size == 2:
+            y = self.convolution(x, weight, bias, padding, activation, None, first_frame)
+            return self.computed(y) + skip
+        if not self._fuses:
             return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
         return convolve_numpy(
             *(x, weight, bias),
@@ -123,8 +126,9 @@ class CPUBackend(CPULayerBackend, Backend):
             return super().convolve(x, weight, bias)
         return convolve_numpy(x, weight, bias, workspace=self.workspace, workers=self.workers)
 
-    def _fuses(self, itemsize: int) -> bool:
-        return (self.form or self.default_form(mx.float32)) == "numpy" and itemsize == 4
+    @property
+    def _fuses(self) -> bool:
+        return (self.form or self.default_form(mx.float32)) == "numpy"
 
     def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
         """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
@@ -147,7 +151,7 @@ class CPUBackend(CPULayerBackend, Backend):
         return padded
 
     def upsample(self, y: mx.array, skip: mx.array | None, stride: Stride, repeats: int) -> mx.array:
-        if not self._fuses(y.dtype.size):
+        if not self._fuses or y.dtype.size == 2:
             return super().upsample(y, skip, stride, repeats)
         return upsample_numpy(y, skip, stride, max(repeats, 1))
 
@@ -156,9 +160,9 @@ class CPUBackend(CPULayerBackend, Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """What comes out; unless in one pass also what goes in, which in half precision is cast."""
-        if self._fuses(itemsize):
-            return 4 * size.made
+        """What comes out, in half precision with the kernel in float32; unless fused also what goes in."""
+        if self._fuses:
+            return 4 * size.made if itemsize == 4 else max(4 * (size.weights + size.made), 6 * size.made)
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:
@@ -166,7 +170,7 @@ class CPUBackend(CPULayerBackend, Backend):
         return max(activating, convolving)
 
     def workspace_bytes(self, operands: Operands) -> int:
-        if (self.form or self.default_form(mx.float32)) != "numpy":
+        if not self._fuses:
             return 0
         _, frames, height, width, channels_in, channels_out, *_ = operands
         form = choose_form(height, width, channels_in, channels_out)
@@ -181,7 +185,7 @@ class CPUBackend(CPULayerBackend, Backend):
         return given * (4 * 4 if itemsize == 4 else 5 * 4)
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
-        tiled = made + made // repeats if repeats and not self._fuses(itemsize) else 0
+        tiled = made + made // repeats if repeats and (not self._fuses or itemsize == 2) else 0
         return itemsize * (made + max(tiled, kept * (kept < made)))
 
 
