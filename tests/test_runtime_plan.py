@@ -165,6 +165,21 @@ def test_limited_by(shape, limit, limited_by):
     assert limited_by in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk", "limited_by"),
+    [
+        ((1, 128, 100, 34, 60), (4, 4), "what is useful"),
+        ((1, 128, 5, 8, 12), (4, 4), "what is useful"),
+        ((1, 128, 5, 4, 4), (5, 32), "what is useful"),
+        ((1, 128, 3, 4, 4), (3, None), "the number of latent frames"),
+    ],
+)
+def test_chunks_on_the_cpu_are_no_larger_than_is_of_use(shape, chunk, limited_by):
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="cpu")
+    assert (plan.latent_frames_per_step, plan.max_chunk_frames) == chunk
+    assert plan.limited_by == limited_by
+
+
 def test_no_array_reaches_2_to_the_31_elements():
     shape = (1, 128, 100, 136, 240)
     plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="metal")

@@ -200,7 +200,8 @@ def _plan_chunks(
     steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
     """The largest of these chunks with which these windows fit."""
-    limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
+    everything = steps[0] == (model.latent_shape[2], None)
+    limited_by = "the number of latent frames" if everything else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
         largest = max(costs, key=lambda cost: cost.total)
