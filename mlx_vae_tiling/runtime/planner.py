@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,9 +24,6 @@ from mlx_vae_tiling.vae.regions import Region, Span, Window
 
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
-
-SATURATING_POSITIONS = 1024
-"""Latent positions per step beyond which a larger chunk is not expected to be faster."""
 
 
 def plan_decode(
@@ -121,20 +117,19 @@ def _plan_exact(
 
 
 def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
-    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames)."""
+    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames).
+
+    What halves is the cap: the first layers, whose frames are small and whose kernels are large, keep
+    chunks as large as the last ones'.
+    """
     _, _, frames, height, width = model.latent_shape
-    useful = max(1, math.ceil(SATURATING_POSITIONS / (height * width)))
-    step = 2 ** math.ceil(math.log2(useful))
-    if step >= frames:
-        yield frames, None
-    while step >= 1:
-        if step < frames:
-            yield step, None
-        step //= 2
-    cap = model.decoder.config.temporal_scale // 2
+    scale = model.decoder.config.temporal_scale
+    step, cap = model.backend.useful_chunk(height * width, scale)
+    step = min(step, frames)
     while cap >= 1:
-        yield 1, cap
-        cap //= 2
+        step = min(step, cap)
+        yield step, cap if cap < step * scale else None
+        cap = min(cap, step * scale) // 2
 
 
 def _plan_chunks(
@@ -146,7 +141,8 @@ def _plan_chunks(
     steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
     """The largest of these chunks with which these windows fit."""
-    limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
+    everything = steps[0] == (model.latent_shape[2], None)
+    limited_by = "the number of latent frames" if everything else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
         largest = max(costs, key=lambda cost: cost.total)
@@ -169,7 +165,7 @@ def _plan_blended(model: CostModel, wanted: Region, tiling: TilingConfig, budget
     planes, itemsize = batch * config.out_channels, model.dtype.size
 
     def decoding(*tile: int) -> int:
-        return model.cost(_whole(model, list(tile)), tile[0], None).total
+        return model.cost(_whole(model, list(tile)), tile[0], None).of_mlx
 
     finishing = finishing_bytes(planes * wanted.area, itemsize)
     blending = blending_bytes(tiles, planes, itemsize, decoding, finishing)
@@ -218,6 +214,7 @@ def _assemble(
         peak_bytes=model.weight_bytes + largest.total,
         weight_bytes=model.weight_bytes,
         state_bytes=largest.state,
+        workspace_bytes=largest.workspace,
         memory_limit=budget,
         operations=operations,
         recompute=operations / at_once,

@@ -98,14 +98,12 @@ class Pace:
         if self.max_chunk_frames is None:
             self.latent_frames *= 2
         else:
-            self.max_chunk_frames = 2 * self.max_chunk_frames if 2 * self.max_chunk_frames < scale else None
+            self.max_chunk_frames *= 2
 
     def halve(self, scale: int) -> None:
         """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
-        if self.latent_frames > 1:
-            self.latent_frames = (self.latent_frames + 1) // 2
-        else:
-            self.max_chunk_frames = max(1, (self.max_chunk_frames or scale) // 2)
+        self.max_chunk_frames = max(1, self.limit(scale) // 2)
+        self.latent_frames = min(self.latent_frames, self.max_chunk_frames)
 
 
 def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
