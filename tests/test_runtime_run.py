@@ -102,7 +102,7 @@ def assert_rounded(frames, video, bits=8):
 def test_frames_are_those_of_the_whole_decode(decoder, latents, limit, bits):
     plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS[limit])
     assert plan.fits and (len(plan.parts) > 1) == (limit == "windows")
-    assert (plan.latent_frames_per_step == SIZE[0]) == (limit == "whole")
+    assert (plan.max_chunk_frames is None) == (limit == "whole")
     pieces = list(decode_frames(decoder, latents, memory_limit=LIMITS[limit], bits=bits))
     assert (len(pieces) == 1) == (limit == "whole")
     assert_rounded(np.concatenate(pieces), decoder(latents), bits)
@@ -765,7 +765,7 @@ def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, mo
     paces = record_paces(monkeypatch)
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.memory_limit + 1)
     assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
-    assert paces[-1].limit(8) < plan.latent_frames_per_step * 8
+    assert paces[-1].limit(8) < Pace(plan.latent_frames_per_step, plan.max_chunk_frames).limit(8)
 
 
 def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):

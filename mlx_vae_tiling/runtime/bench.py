@@ -22,6 +22,7 @@ from mlx_vae_tiling.runtime.measure import (
     sample_of,
     work_of,
 )
+from mlx_vae_tiling.runtime.memory import PeakMeter
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.runtime.run import decode_frames
@@ -64,7 +65,7 @@ class Decode(NamedTuple):
         plan: How it was planned.
         frames, seconds: That came out, and what that took.
         longest_seconds: For one piece.
-        peak_bytes: Of MLX's memory.
+        peak_bytes: Of the memory for arrays, as the plan counts it.
         evaluation_seconds: The longest evaluation, where the backend waits for each; else 0.
         memory: Seconds since it began, and bytes that MLX held then.
     """
@@ -149,7 +150,7 @@ def bench(
     plan = plan_decode(decoder, latents.shape, memory_limit=memory_limit)
     tell("products and passes")
     steps = decoder.steps(decoder.options(), latents.dtype)
-    work = work_of(steps, plan.output, plan.latent_frames_per_step)
+    work = work_of(steps, plan.output, plan.latent_frames_per_step, plan.max_chunk_frames)
     slowness = 1 if backend.device_memory() else 100
     product = product_rate(512 if quick else 4096 if slowness == 1 else 1024, dtype)
     passes = pass_rates(work[0].level, work[0].frames, dtype) if work else []
@@ -231,17 +232,18 @@ def _decode(decoder: StreamingDecoder, latents: mx.array, name: str, plan: Decod
         plan = replace(plan, backend=_policy(plan.backend, evaluations=evaluations))
     weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
     mx.clear_cache()
-    before, peak, frames, longest = mx.get_active_memory() - weights, 0, 0, 0.0
-    mx.reset_peak_memory()
+    before, frames, longest = mx.get_active_memory() - weights, 0, 0.0
+    backend = plan.backend.opened()
+    meter = PeakMeter(before, backend)
     with _sampled(before) as memory:
         began = last = time.perf_counter()
-        for piece in decode_frames(decoder, latents, plan=plan):
-            peak = max(peak, mx.get_peak_memory())
+        for piece in decode_frames(decoder, latents, plan=replace(plan, backend=backend)):
+            meter.read()
             frames += len(piece)
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
         seconds = time.perf_counter() - began
-    peak = max(peak, mx.get_peak_memory()) - before
-    return Decode(name, plan, frames, seconds, longest, peak, max(evaluations, default=0.0), memory)
+    meter.read()
+    return Decode(name, plan, frames, seconds, longest, meter.highest, max(evaluations, default=0.0), memory)
 
 
 @contextlib.contextmanager

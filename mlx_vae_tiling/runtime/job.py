@@ -19,11 +19,10 @@ from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
-
-SMALLEST_CACHE_BYTES = 2**20
 
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 
@@ -70,7 +69,8 @@ class Job:
         plan: For them; it fits.
         options: Of the decode.
         kind: Of the frames that are wanted: one of `frames.KINDS`, or "unit".
-        meter: Of MLX's memory.
+        backend: The plan's, opened.
+        meter: Of the memory for arrays.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
         spent: What decoding has taken.
@@ -81,6 +81,7 @@ class Job:
     plan: DecodePlan
     options: DecodeOptions
     kind: str
+    backend: Backend
     meter: PeakMeter
     noise: Noise
     checked: bool = True
@@ -125,7 +126,9 @@ class Job:
         # Whichever thread goes on, it cannot compute what this one has only scheduled.
         tried_twice(lambda: mx.eval(latents, weights, given), "reading the weights")
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
-        return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
+        backend = plan.backend.opened()
+        meter = PeakMeter(others, backend)
+        return cls(decoder, latents, plan, options, kind, backend, meter, noise_of_video, checked)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -148,7 +151,8 @@ class Job:
             parts=parts,
         )
         plan.require_fit()
-        return replace(self, plan=plan)
+        backend = plan.backend.opened()
+        return replace(self, plan=plan, backend=backend, meter=PeakMeter(self.meter.others, backend))
 
     def decode(
         self, part: Part, done: int = 0, report: Callable[[int], object] | None = None
@@ -210,15 +214,14 @@ class Job:
         return frames, Failure(tuple(faults)) if faults and self.checked else None
 
     def _limits(self) -> Any:
-        limit = self.plan.memory_limit + self.meter.others
-        cache = self.plan.backend.cache_bytes(limit, max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
-        return memory_limits(limit, cache=cache)
+        limit = self.plan.memory_limit - self.plan.workspace_bytes + self.meter.others
+        return memory_limits(limit, cache=self.backend.cache_bytes(limit, self.plan.chunk_bytes))
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
         """Pieces of one part from output frame `start` on; nothing is computed until one is asked for."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
-            pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
+            pieces = decoder.run_tiled(self.latents, options, plan.tiling, self.backend, noise=self.noise)
             yield from _skip(pieces, start)
             return
         _, rows, columns = part.latents
@@ -228,7 +231,7 @@ class Job:
         pixels = pixels.over(start, pixels.time.stop)
         # Integers are made of what was computed, and not of that in the latents' dtype.
         dtype = latents.dtype if self.kind == "unit" else decoder.dtype
-        yield from decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
+        yield from decoder.run(latents, options, pixels, pace, noise, self.backend, dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.

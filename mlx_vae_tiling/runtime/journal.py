@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.journal_file import read_told, write_told
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Region, Span
@@ -57,7 +57,7 @@ class Journal:
         """
         place = folder / "journal.json"
         try:
-            told = json.loads(place.read_text())
+            told = read_told(folder)
             parts = tuple(_read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
@@ -83,9 +83,7 @@ class Journal:
     def write(self) -> None:
         """Replaces what is there."""
         told = {name: value for name, value in vars(self).items() if name != "folder"}
-        fresh = self.folder / "journal.json.new"
-        fresh.write_text(json.dumps(told, indent=1))
-        os.replace(fresh, self.folder / "journal.json")
+        write_told(self.folder, told)
 
     def remove(self) -> None:
         """Deletes what a decode keeps in the folder; what others have put there stays."""

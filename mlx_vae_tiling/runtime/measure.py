@@ -16,7 +16,7 @@ from mlx_vae_tiling.vae.convolution_gpu import fold
 from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
 from mlx_vae_tiling.vae.regions import Convolution, Region
-from mlx_vae_tiling.vae.schedule import Step, frames_per_latent, regions_of
+from mlx_vae_tiling.vae.schedule import Pace, Step, frames_per_latent, regions_of
 
 ERROR_SIDE = 68
 """Rows and columns on which errors are measured: enough positions for any kernel to be taken."""
@@ -51,21 +51,25 @@ def machine_of(backend: Backend, dtype: mx.Dtype) -> Machine:
     return Machine(name, str(vars(mx)["__version__"]), str(dtype).removeprefix("mlx.core."))
 
 
-def work_of(steps: Sequence[Step], output: Region, latent_frames: int) -> list[Work]:
+def work_of(
+    steps: Sequence[Step], output: Region, latent_frames: int, max_chunk_frames: int | None = None
+) -> list[Work]:
     """The kinds of convolution of a decoder, those with most operations first.
 
     Args:
         steps: The decoder.
         output: What is decoded.
         latent_frames: Taken in at a time.
+        max_chunk_frames: Bounds the frames of a chunk.
     """
+    pace = Pace(latent_frames, max_chunk_frames)
     found: dict[Level, Work] = {}
     for step, region, scale in zip(steps, regions_of(steps, output), frames_per_latent(steps), strict=True):
         if not step.operations or not isinstance(step.reads[0].need, Convolution):
             continue
         channels = step.operations // (54 * step.channels), step.channels
         level = Level(region.height.length, region.width.length, *channels)
-        frames = min(scale * latent_frames, region.time.length)
+        frames = min(pace.limit(scale), region.time.length)
         before = found.get(level, Work(level, frames, 0))
         found[level] = before._replace(operations=before.operations + step.operations * region.volume)
     return sorted(found.values(), key=lambda work: -work.operations)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mlx_vae_tiling.media.space import disk_bytes
 from mlx_vae_tiling.media.video import first_file, open_video, unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime.journal import Journal, identity, locked
+from mlx_vae_tiling.runtime.journal_file import read_told
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.store import FrameStore
 
@@ -186,7 +186,7 @@ def finished_share(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
     """As `kept_frames`, for the process that holds the folder; nothing that cannot be read is kept."""
     folder = store_folder(path)
     try:
-        told = json.loads((folder / "journal.json").read_text())
+        told = read_told(folder)
         done, frames = told["done"], int(told["shape"][0])
         if done is not None:
             return folder, float(sum(done) / (len(done) * frames))

@@ -20,7 +20,7 @@ class DecodeReport:
         decoding_seconds: Of these, what decoding took.
         expected_seconds: What this was expected to be for the frames that were decoded now, at the rates
             that were measured on this machine; None where they were not.
-        peak_bytes: Measured peak of MLX's memory.
+        peak_bytes: Measured peak of the memory for arrays, as the plan counts it.
         footprint_bytes: The most physical memory that the process ever held, by the system's count.
         plan: The plan that was run, which holds the prediction.
     """

@@ -6,6 +6,7 @@ when, and says, beside each, how much memory that takes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,6 +22,11 @@ from mlx_vae_tiling.vae.regions import Region
 
 BackendName = Literal["cpu", "metal", "cuda"]
 
+SATURATING_POSITIONS = 1024
+"""Latent positions per step beyond which a larger chunk is not expected to be faster on a GPU."""
+
+SMALLEST_CACHE_BYTES = 2**20
+
 
 def known_form(told: Any, pinned: bool = True) -> Any:
     """A form of convolution that was read from a file; None too, unless one has to be pinned.
@@ -34,10 +40,17 @@ def known_form(told: Any, pinned: bool = True) -> Any:
 
 
 class Taken(NamedTuple):
-    """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
+    """What a step takes beside what is held.
+
+    Attributes:
+        nbytes: At once, of MLX's memory, its result included.
+        elements: Of one array.
+        workspace: Bytes outside MLX that it computes in, which later steps use again.
+    """
 
     nbytes: int
     elements: int
+    workspace: int = 0
 
 
 class Where(NamedTuple):
@@ -144,12 +157,30 @@ class Backend(LayerBackend):
         return self.device()
 
     def opened(self) -> Backend:
-        """The backend for one stream: with what only one may use at a time."""
+        """The backend for one decode: with what only one may use at a time. Opened again it is the same."""
         return self
+
+    @property
+    def held_workspace_bytes(self) -> int:
+        """What it holds outside MLX."""
+        return 0
+
+    def useful_chunk(self, positions: int, scale: int) -> tuple[int, int]:
+        """The chunk beyond which a larger one is not expected to be faster.
+
+        Args:
+            positions: Of one latent frame.
+            scale: Frames per latent frame.
+
+        Returns:
+            Latent frames per step, and the most frames of a chunk in any layer.
+        """
+        step: int = 2 ** math.ceil(math.log2(max(1, SATURATING_POSITIONS / positions)))
+        return step, step * scale
 
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
-        return chunk_bytes
+        return max(chunk_bytes, SMALLEST_CACHE_BYTES)
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best."""
@@ -218,6 +249,10 @@ class Backend(LayerBackend):
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
         """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
         return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
+
+    def workspace_bytes(self, operands: Operands) -> int:
+        """What a convolution computes in outside MLX."""
+        return 0
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         """What a convolution takes with the sum of its result and a skip, which may reuse neither.
