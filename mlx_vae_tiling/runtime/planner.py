@@ -118,7 +118,7 @@ def _plan_exact(
     parts: tuple[Part, ...] | None,
     chunk: tuple[int, int | None] | None,
 ) -> DecodePlan:
-    parts = parts or _choose_parts(model, wanted, budget, halo)
+    parts = parts or choose_parts(model, wanted, budget, halo)
     return _plan_chunks(model, wanted, budget, halo, parts, [chunk] if chunk else list(_steps(model)))
 
 
@@ -145,11 +145,11 @@ def _cuts(span: Span, count: int, scale: int) -> list[slice]:
     return [slice(*bounds) for bounds in pairwise([span.start, *inner, span.stop])]
 
 
-def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
+def part_around(model: CostModel, pixels: Region, halo: int | None) -> Part:
+    """A region of the output with the latents that it is decoded from: all, or `halo` of them around it."""
     scale = model.decoder.config.spatial_scale
-    everything = Region(*(Span(0, length, length) for length in model.latent_shape[2:]))
 
-    def around(cut: slice, latents: Span) -> Span:
+    def around(cut: Span, latents: Span) -> Span:
         if halo is None:
             return latents
         start, stop = cut.start // scale, -(-cut.stop // scale)
@@ -157,13 +157,19 @@ def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int 
         reach = max(halo, model.decoder.smallest_side - (stop - start))
         return latents._replace(start=max(start - reach, 0), stop=min(stop + reach, latents.size))
 
+    time, *space = (Span(0, length, length) for length in model.latent_shape[2:])
+    return Part(pixels, Region(time, *(around(*pair) for pair in zip(pixels[1:], space, strict=True))))
+
+
+def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
+    scale = model.decoder.config.spatial_scale
+
     def part(height: slice, width: slice) -> Part:
         pixels = wanted._replace(
             height=wanted.height._replace(start=height.start, stop=height.stop),
             width=wanted.width._replace(start=width.start, stop=width.stop),
         )
-        time, *space = everything
-        return Part(pixels, Region(time, around(height, space[0]), around(width, space[1])))
+        return part_around(model, pixels, halo)
 
     return tuple(
         part(height, width)
@@ -181,17 +187,21 @@ def _grids(height: int, width: int) -> Iterator[tuple[int, int]]:
             yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
 
 
-def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None) -> tuple[Part, ...]:
+def fits(model: CostModel, part: Part, budget: int) -> bool:
+    """Whether a part can be decoded within a budget, with the smallest chunks."""
+    cost = model.cost(part, *list(_steps(model))[-1])
+    return model.weight_bytes + cost.total <= budget and cost.elements < ARRAY_ELEMENTS
+
+
+def choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None) -> tuple[Part, ...]:
     """The fewest windows that fit with the smallest chunks; where none do, those that need least."""
     scale, smallest = model.decoder.config.spatial_scale, list(_steps(model))[-1]
     candidates = []
     for grid in _grids(max(1, wanted.height.length // scale), max(1, wanted.width.length // scale)):
         parts = _parts(model, wanted, *grid, halo)
-        costs = [model.cost(part, *smallest) for part in parts]
-        most = max(cost.total for cost in costs)
-        if model.weight_bytes + most <= budget and max(c.elements for c in costs) < ARRAY_ELEMENTS:
+        if all(fits(model, part, budget) for part in parts):
             return parts
-        candidates.append((most, parts))
+        candidates.append((max(model.cost(part, *smallest).total for part in parts), parts))
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
