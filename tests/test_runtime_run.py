@@ -546,7 +546,7 @@ def test_the_sound_of_a_window(decoder, latents, tmp_path):
 
 
 def test_a_path_that_cannot_be_written_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_with_progress", None)
+    monkeypatch.setattr(run, "finished_frames", None)
     (tmp_path / "file").touch()
     for path in (tmp_path / "nowhere" / "out.npy", tmp_path / "file" / "out.npy"):
         with pytest.raises(OSError, match="no such directory"):

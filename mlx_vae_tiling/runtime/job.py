@@ -67,6 +67,7 @@ class Job:
         meter: Of MLX's memory.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
+        watch: Called before every step of the decoder; what it raises ends the decode.
     """
 
     decoder: StreamingDecoder
@@ -77,6 +78,7 @@ class Job:
     meter: PeakMeter
     noise: Noise
     checked: bool = True
+    watch: Callable[[], object] | None = None
 
     @classmethod
     def prepare(
@@ -88,6 +90,7 @@ class Job:
         plan: DecodePlan | None,
         checked: bool = True,
         noise: mx.array | None = None,
+        fitting: bool = True,
         **planning: Any,
     ) -> Job:
         """Checks all of it, and plans the decode where there is no plan yet.
@@ -96,6 +99,7 @@ class Job:
             decoder, latents, options, kind, checked: As `Job`.
             plan: For these latents; None to make one.
             noise: In place of that of the options' seed.
+            fitting: Whether the plan has to fit.
             **planning: As `plan_decode`.
 
         Raises:
@@ -111,7 +115,8 @@ class Job:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
             plan = plan_decode(decoder, latents.shape, **planning)
         plan.require_match(decoder, latents.shape, options)
-        plan.require_fit()
+        if fitting:
+            plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
         mx.eval(weights)
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
@@ -157,7 +162,7 @@ class Job:
             ArithmeticError: If frames are wrong also the second time.
             RuntimeError: If the device fails also the second time.
         """
-        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames)
+        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames, self.watch)
         origin, stop, _ = part.pixels.time
         failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
         while start < stop:

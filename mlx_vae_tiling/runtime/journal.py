@@ -36,6 +36,7 @@ class Journal:
         fingerprint: What the frames depend on, by name.
         done: Finished frames of each part; of a single part the unfinished output itself tells.
         replaces: The file that had the output's name when the decode began, by `identity`.
+        first: Frames that are in the output alone, and not in the store.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Journal:
     fingerprint: dict[str, str]
     done: list[int] | None
     replaces: Identity | None
+    first: int = 0
 
     @classmethod
     def read(cls, folder: Path, plan: DecodePlan, fingerprint: dict[str, str]) -> Journal:
@@ -55,9 +57,10 @@ class Journal:
         place = folder / "journal.json"
         try:
             told = json.loads(place.read_text())
-            parts = tuple(_read_part(part) for part in told["parts"])
+            parts = tuple(read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
+            first = int(told["first"])
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
@@ -70,7 +73,7 @@ class Journal:
                 f"{', '.join(changed) or 'size'} differs from {place}; "
                 f"delete {folder} and begin again with overwrite=True, --overwrite"
             )
-        return cls(folder, parts, shape, fingerprint, done, replaces)
+        return cls(folder, parts, shape, fingerprint, done, replaces, first)
 
     def write(self) -> None:
         """Replaces what is there."""
@@ -122,7 +125,8 @@ def hash_of(array: mx.array) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _read_part(spans: list[list[list[int]]]) -> Part:
+def read_part(spans: list[list[list[int]]]) -> Part:
+    """A part as JSON has it."""
     pixels, latents = (Region(*(Span(*map(int, span)) for span in box)) for box in spans)
     return Part(pixels, latents)
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_vae_tiling.media.video import frame_rate
+from mlx_vae_tiling.runtime.crew import Crew, joined
+from mlx_vae_tiling.runtime.flow import finished_frames
 from mlx_vae_tiling.runtime.frames import Frames
+from mlx_vae_tiling.runtime.group import Team, lead, serve
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
-from mlx_vae_tiling.runtime.output import DecodeOutput, open_output
+from mlx_vae_tiling.runtime.output import open_output, several
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.store import FrameStore
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window
+
+Ranks = mx.distributed.Group | Crew
+"""MLX's group, or the ranks that have come together already."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def decode_frames(
     num_inference_steps: int | None = None,
     bits: int = 8,
     progress: bool = False,
+    group: Ranks | None = None,
 ) -> Iterator[Frames]:
     """Decodes latents to finished RGB frames within a memory budget.
 
@@ -95,6 +100,9 @@ def decode_frames(
         num_inference_steps: Of a diffusion decoder; None for its config's.
         bits: 8 for uint8, 16 for uint16 frames.
         progress: Shows a progress bar on stderr.
+        group: `mx.distributed.init()`, where several machines share the decode: each calls this with the
+            same arguments, but for its own memory_limit. Rank 0's iterator gives all frames, those of the
+            others give none and compute while they are asked. Errors come with the first frame.
 
     Returns:
         An iterator of uint8 (or uint16) arrays (f, H, W, 3).
@@ -102,12 +110,15 @@ def decode_frames(
     Raises:
         ValueError: If latents or options do not fit the decoder, or nothing fits the budget.
         ArithmeticError: If frames are not finite, or constant, also the second time.
+        ConnectionError: If another rank has failed or was lost.
     """
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
-    return _with_progress(job, None, progress)
+    job = partial(_job, decoder, latents, bits, plan, options, planning, noise)
+    if group is None or _size(group) == 1:
+        return finished_frames(job(), None, progress)
+    return _with_ranks(group, job, noise, progress)
 
 
 def decode_to_file(
@@ -133,6 +144,7 @@ def decode_to_file(
     noise: mx.array | None = None,
     num_inference_steps: int | None = None,
     progress: bool = False,
+    group: Ranks | None = None,
 ) -> DecodeReport:
     """Decodes latents to a video, an image sequence or an array on disk.
 
@@ -154,6 +166,7 @@ def decode_to_file(
         codec, quality: As `media.video.open_video`.
         memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, noise,
             num_inference_steps, progress: As `decode_frames`.
+        group: As `decode_frames`; rank 0 alone writes. Any number of ranks may resume what others began.
 
     Returns:
         What was done. Its `str()` is one line.
@@ -163,32 +176,85 @@ def decode_to_file(
         FileExistsError: If there is an output and overwrite is False, or an earlier decode is kept and
             resume is False too.
         OSError: If the disk is full or the path cannot be written.
-        ValueError, ArithmeticError: As `decode_frames`.
+        ValueError, ArithmeticError, ConnectionError: As `decode_frames`.
     """
     began = time.perf_counter()
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(joined(group)) if group is not None and _size(group) > 1 else None
+        job = _job(decoder, latents, bits, plan, options, planning, noise, fitting=crew is None)
+        job = job if crew is None else replace(job, watch=crew.check)
+        video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
+        video |= {"resume": resume, "overwrite": overwrite}
+        fingerprint, team, kept = _fingerprint(job, noise), None, 0
+        if crew is not None and crew.rank:
+            serve(crew, job, fingerprint)
+        else:
+            if crew is not None:
+                team = lead(crew, job, fingerprint)
+                job = team.job
+            kept = _write(job, path, fingerprint, progress, team, video)
+            if team is not None:
+                team.finish()
+    seconds = time.perf_counter() - began
+    return DecodeReport(
+        os.fspath(path), job.plan.frames, kept, seconds, job.meter.highest, footprint_bytes(), job.plan
+    )
+
+
+def _write(
+    job: Job,
+    path: str | os.PathLike[str],
+    fingerprint: dict[str, str],
+    progress: bool,
+    team: Team | None,
+    video: dict[str, Any],
+) -> int:
+    """Decodes to a file; returns how many frames of it an earlier run had decoded."""
+    stored = several if team is None else team.stored
+    with open_output(path, job.plan, job.dtype, fingerprint, stored=stored, **video) as output:
+        if output.writer is not None:
+            parts = output.journal.parts
+            if team is not None:
+                done = output.store.done if output.store else [output.writer.frames_kept] * len(parts)
+                team = team.taken_up(parts, done)
+                job = team.job
+            elif parts != job.plan.parts:
+                job = job.planned_anew(parts)
+            with contextlib.closing(finished_frames(job, output, progress, team)) as frames:
+                for piece in frames:
+                    output.writer.write(piece)
+    return output.kept
+
+
+def _with_ranks(
+    group: Ranks, prepare: Callable[..., Job], noise: mx.array | None, progress: bool
+) -> Generator[Frames]:
+    with joined(group) as crew:
+        job = prepare(fitting=False)
+        job = replace(job, watch=crew.check)
+        if crew.rank:
+            serve(crew, job, _fingerprint(job, noise))
+            return
+        team = lead(crew, job, _fingerprint(job, noise))
+        yield from finished_frames(team.job, None, progress, team)
+        team.finish()
+
+
+def _size(group: Ranks) -> int:
+    return group.size if isinstance(group, Crew) else group.size()
+
+
+def _fingerprint(job: Job, noise: mx.array | None) -> dict[str, str]:
+    """What the frames depend on."""
+    bits = 16 if job.kind == "uint16" else 8
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
-    fingerprint = fingerprint_of(decoder, latents, **settings)
-    video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
-    with open_output(
-        path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
-    ) as output:
-        if output.writer is not None:
-            if output.journal.parts != job.plan.parts:
-                job = job.planned_anew(output.journal.parts)
-            with contextlib.closing(_with_progress(job, output, progress)) as frames:
-                for piece in frames:
-                    output.writer.write(piece)
-    seconds = time.perf_counter() - began
-    return DecodeReport(
-        os.fspath(path), job.plan.frames, output.kept, seconds, job.meter.highest, footprint_bytes(), job.plan
-    )
+    return fingerprint_of(job.decoder, job.latents, **settings)
 
 
 def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | str) -> dict[str, Any]:
@@ -210,60 +276,24 @@ def _job(
     options: dict[str, Any],
     planning: dict[str, Any],
     noise: mx.array | None,
+    fitting: bool = True,
 ) -> Job:
     if plan is not None and options["causal"] is None:
         options["causal"] = plan.causal
     if plan is not None and options["num_inference_steps"] is None:
         options["num_inference_steps"] = plan.inference_steps
     job = Job.prepare(
-        decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning
+        decoder,
+        latents,
+        decoder.options(**options),
+        f"uint{bits}",
+        plan,
+        noise=noise,
+        fitting=fitting,
+        **planning,
     )
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"
         )
     return job
-
-
-def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Generator[Frames]:
-    """Several windows count each frame of each."""
-    from tqdm import tqdm
-
-    parts = len(job.plan.parts)
-    unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
-    store = output.store if output else None
-    start = output.writer.frames_kept if output and output.writer else 0
-    done = sum(store.done) if store else start
-    with tqdm(total=total, initial=done, unit=f" {unit}", desc="decode", disable=not progress) as bar:
-
-        def report(frames: int) -> None:
-            bar.set_postfix_str(f"peak {format_bytes(job.meter.highest)}", refresh=False)
-            bar.update(frames)
-
-        if parts == 1:
-            yield from job.decode(job.plan.parts[0], start, report)
-        elif store is not None:
-            yield from _put_together(job, store, start, report)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                shape = (job.plan.frames, *job.plan.size, 3)
-                fresh = FrameStore(Path(folder), job.plan.parts, shape, job.dtype)
-                with contextlib.closing(fresh):
-                    yield from _put_together(job, fresh, start, report)
-
-
-def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
-    """Finished frames of several windows from frame `start` on, those of the store first."""
-    for index, part in enumerate(job.plan.parts):
-        yield from _read(store, start, min(store.done))
-        start = max(start, min(store.done))
-        for frames in job.decode(part, store.done[index], report):
-            store.append(index, frames)
-            yield from _read(store, start, min(store.done))
-            start = max(start, min(store.done))
-    yield from _read(store, start, job.plan.frames)
-
-
-def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
-    for first in range(start, stop, 8):
-        yield store.read(first, min(first + 8, stop))
