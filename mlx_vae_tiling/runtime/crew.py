@@ -56,6 +56,13 @@ class Crew:
         if self._failure is not None:
             raise self._failure
 
+    def failure(self) -> RankError:
+        """Waits until another rank has failed or was lost."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure)
+        assert self._failure is not None
+        return self._failure
+
     def tell(self, rank: int, kind: str, fields: Fields | None = None, data: Any = b"") -> None:
         """Says something to a rank; as `Wire.send`.
 
