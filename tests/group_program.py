@@ -1,6 +1,7 @@
 """What each rank of the tests runs: a small decode, as the JSON arguments say."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from mlx_vae_tiling.runtime.shares import divide
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.published import PUBLISHED
 
-WINDOWS = {"whole": None, "part": Window(slice(3, 20), slice(9, 90), slice(1, 120))}
+WINDOWS = {"whole": None, "part": Window(slice(3, 15), slice(9, 90), slice(1, 120))}
 
 
 def decoder_of(settings):
@@ -46,6 +47,9 @@ def main():
     settings = {}
     for text in sys.argv[1:]:
         settings |= json.loads(text)
+    if "cores" in settings:
+        rank = int(os.environ.get("MLX_RANK", "0"))
+        os.sched_setaffinity(0, {settings["cores"][rank % len(settings["cores"])]})
     decoder, latents = decoder_of(settings), latents_of(settings)
     options = {
         "memory_limit": settings.get("memory", "2GB"),

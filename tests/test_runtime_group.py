@@ -60,7 +60,7 @@ def test_ranks_that_would_decode_something_else_end_all(case, tmp_path):
 
 
 def test_each_within_its_own_memory(tmp_path):
-    """A rank with little memory has several windows, another one none; the frames are those of the windows."""
+    """A rank with little memory has several windows, another one none."""
     settings = settings_of(WIDE, output=str(tmp_path / "out.npy"))
     run_ranks(tmp_path, 3, settings, [{}, {"memory": 700_000}, {"memory": 1000}])
     run_alone(settings, windows_of=1, output=str(tmp_path / "whole.npy"))
@@ -105,7 +105,7 @@ def kill_and_resume(kind, victim, moment, resumed_by, tmp_path):
     ended, found, seconds = killed(tmp_path, settings, 3, victim, moment)
     assert all(status is None for status in ended)
     assert_told(ended, found, seconds, victim)
-    folder, share = kept_frames(tmp_path / "out.npy")
+    _, share = kept_frames(tmp_path / "out.npy")
     assert 0 < share < 1
     if resumed_by == 1:
         run_alone(settings, windows_of=1)
