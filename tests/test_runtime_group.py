@@ -9,9 +9,8 @@ import time
 import numpy as np
 import pytest
 from group_cases import PROGRAM, ends, run_alone, run_ranks, start_ranks
-from test_runtime_resume import progress
 
-from mlx_vae_tiling.runtime.output import kept_frames
+from mlx_vae_tiling.runtime.output import finished_share, kept_frames
 
 WIDE, LONG = [3, 4, 5], [30, 1, 2]
 """Latents that are divided into bands, and into ranges of frames."""
@@ -76,12 +75,20 @@ def test_file_and_window(window, tmp_path):
     assert (tmp_path / "ranks.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
 
 
+def await_frames(path, ranks):
+    """Waits until some are kept, or a rank has ended."""
+    while all(rank.poll() is None for rank in ranks):
+        kept = finished_share(path)
+        if kept is not None and kept[1] > 0:
+            return
+        time.sleep(0.005)
+
+
 def killed(tmp_path, settings, count, victim, moment):
     """Runs ranks, kills one when some frames are kept; what the others say, and how long they took."""
     ranks = start_ranks(tmp_path, count, [str(PROGRAM), json.dumps(settings)])
     path = tmp_path / "out.npy"
-    while progress(path) == 0 and all(rank.poll() is None for rank in ranks):
-        time.sleep(0.005)
+    await_frames(path, ranks)
     time.sleep(moment)
     ended = [rank.poll() for rank in ranks]
     ranks[victim].kill()
@@ -96,12 +103,16 @@ def assert_told(ended, found, seconds, victim):
             assert status == 1 and f"rank {victim} was lost" in errors, errors
 
 
-LONGER = {"bands": [40, 3, 4], "ranges": [90, 1, 2]}
+LONGER = {
+    "bands": {"size": [12, 3, 12], "memory": 3_000_000},
+    "ranges": {"size": [90, 1, 2], "memory": 1_500_000},
+}
+"""Decodes of many small pieces."""
 
 
 def kill_and_resume(kind, victim, moment, resumed_by, tmp_path):
     """Kills one of three ranks; any number of processes resumes to the bytes of one process."""
-    settings = settings_of(LONGER[kind], output=str(tmp_path / "out.npy"), resume=True)
+    settings = settings_of(**LONGER[kind], output=str(tmp_path / "out.npy"), resume=True)
     ended, found, seconds = killed(tmp_path, settings, 3, victim, moment)
     assert all(status is None for status in ended)
     assert_told(ended, found, seconds, victim)
@@ -116,7 +127,9 @@ def kill_and_resume(kind, victim, moment, resumed_by, tmp_path):
     assert kept_frames(tmp_path / "out.npy") is None
 
 
-@pytest.mark.parametrize(("kind", "victim", "resumed_by"), [("bands", 2, 2), ("ranges", 0, 4)])
+@pytest.mark.parametrize(
+    ("kind", "victim", "resumed_by"), [("bands", 2, 2), pytest.param("ranges", 0, 4, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed(kind, victim, resumed_by, tmp_path):
     kill_and_resume(kind, victim, 0, resumed_by, tmp_path)
 
@@ -133,10 +146,9 @@ def test_kills_at_random_moments(kind, victim, resumed_by, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_stops_is_lost(tmp_path):
     """As when a cable is pulled: nothing is closed, and nothing comes."""
-    settings = settings_of(LONGER["bands"], output=str(tmp_path / "out.npy"))
+    settings = settings_of(**LONGER["bands"], output=str(tmp_path / "out.npy"))
     ranks = start_ranks(tmp_path, 3, [str(PROGRAM), json.dumps(settings)])
-    while progress(tmp_path / "out.npy") == 0:
-        time.sleep(0.005)
+    await_frames(tmp_path / "out.npy", ranks)
     ranks[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     for rank in (0, 2):
