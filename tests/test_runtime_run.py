@@ -813,8 +813,10 @@ def test_slow_evaluations_halve_the_chunks_and_a_slow_consumer_does_not(
 
     monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(job, "finish", slow_finish)
-    paces = record_paces(monkeypatch)
-    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, 4), backend=METAL)
+    paces, plan = (
+        record_paces(monkeypatch),
+        plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, None), backend=METAL),
+    )
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.peak_bytes)
     count = 0
     for frames in decode_frames(decoder, latents, plan=plan):
