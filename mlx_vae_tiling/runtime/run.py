@@ -174,11 +174,17 @@ def decode_to_file(
             job, kept, expected = _write(job, path, fingerprint, progress, team, video)
             if team is not None:
                 team.finish()
+    return _reported(job, path, kept, time.perf_counter() - began, expected)
+
+
+def _reported(
+    job: Job, path: str | os.PathLike[str], kept: int, seconds: float, expected: float | None
+) -> DecodeReport:
     return DecodeReport(
         path=os.fspath(path),
         frames=job.plan.frames,
         resumed_frames=kept,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         decoding_seconds=job.spent.seconds,
         expected_seconds=expected,
         peak_bytes=job.meter.highest,
