@@ -19,12 +19,16 @@ from vae_cases import (
 )
 
 from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan_decode
+from mlx_vae_tiling.runtime import cost
 from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.planner import ARRAY_ELEMENTS
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backends import CPU, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.schedule import Pace
+from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.schedule import Pace, schedule
+
+pytestmark = pytest.mark.cpu
 
 FULL_HD = (1, 128, 16, 34, 60)
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -253,6 +257,45 @@ def test_where_nothing_fits_the_smallest_plan_is_told():
     assert plan_decode(LTX_2_3, FULL_HD, memory_limit=plan.peak_bytes).fits
 
 
+@pytest.mark.parametrize("halo", [None, 1])
+@pytest.mark.parametrize("version", ["ltx-2.3", "0.9.1"])
+def test_the_search_finds_what_looking_at_every_window_finds(version, halo):
+    """The fewest windows that fit, and where none do, those of which the neediest needs least."""
+    decoder = small_decoder(version)
+    shape = (1, decoder.config.latent_channels, 2, 7, 5)
+    model = CostModel(decoder, shape, mx.float32, CPU)
+    wanted = Window().region(*decoder.output_shape(shape)[2:])
+    choices = [parts_of(model, wanted, *grid, halo) for grid in grids(*shape[3:])]
+    needs = [model.weight_bytes + max(model.cost(part, 1, 1).total for part in parts) for parts in choices]
+    for limit in (min(needs) - 1, *needs, max(needs) + 1):
+        fitting = [parts for parts, need in zip(choices, needs, strict=True) if need <= limit]
+        expected = fitting[0] if fitting else choices[needs.index(min(needs))]
+        plan = plan_decode(decoder, shape, memory_limit=limit, tiling=halo, backend=CPU)
+        assert plan.parts == expected and plan.fits == bool(fitting)
+
+
+@pytest.mark.parametrize("limit", ["100MB", "1.3GB"])
+@pytest.mark.parametrize("frames", [16, 100])
+def test_little_is_looked_at_where_nothing_fits(frames, limit, monkeypatch):
+    """One schedule, and about one window of each grid instead of all 2000: the answer takes no second."""
+    schedules, windows = [], []
+
+    def counted_schedule(*arguments):
+        schedules.append(arguments)
+        return schedule(*arguments)
+
+    def counted_cost(model, regions, trace):
+        windows.append(regions)
+        return one_cost(model, regions, trace)
+
+    one_cost = CostModel._cost
+    monkeypatch.setattr(cost, "schedule", counted_schedule)
+    monkeypatch.setattr(CostModel, "_cost", counted_cost)
+    plan = plan_decode(LTX_2_3, (1, 128, frames, 68, 120), memory_limit=limit, backend="cpu")
+    assert not plan.fits
+    assert len(schedules) == 1 and len(windows) <= 1.5 * MOST_WINDOWS
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -294,3 +337,13 @@ def test_predicted_peak(case):
     assert result.plan.fits
     assert result.plan.peak_bytes == pytest.approx(result.measured_bytes, rel=0.15)
     assert result.measured_bytes <= 1.05 * result.plan.memory_limit
+
+
+@pytest.mark.parametrize("version", ["ltx-0.9.5", "ltx-2.3", "ltx-2.5", "taeltx2_3"])
+def test_planning_asks_the_device_for_nothing(version, monkeypatch):
+    """A device that fails cannot fail a plan."""
+    for ask in ("tolist", "item", "__array__", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(mx.array, ask, pytest.fail)
+    config = PUBLISHED[version].config
+    plan = plan_decode(config, (1, config.latent_channels, 3, 4, 4), memory_limit="34GB", backend="metal")
+    assert plan.fits

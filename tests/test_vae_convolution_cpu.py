@@ -20,6 +20,8 @@ from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.workers import idle_cores
 from mlx_vae_tiling.vae.workspace import Workspace, bytes_of
 
+pytestmark = pytest.mark.cpu
+
 FORMS = ("columns", "shifts", "winograd")
 # (frames, height, width, channels in, channels out) of the output; Winograd's tiles are 4 by 2.
 SHAPES = [

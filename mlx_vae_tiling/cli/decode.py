@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
+import time
+from functools import partial
+
+import mlx.core as mx
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
 from mlx_vae_tiling.cli.fetch import locate_aloud
-from mlx_vae_tiling.cli.options import parse_config
-from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
-from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
-from mlx_vae_tiling.media.latents import looks_denormalized
+from mlx_vae_tiling.cli.plan import add_planning, plan_for
+from mlx_vae_tiling.cli.printing import plan_text, print_error, print_news, print_result, report_fields
 from mlx_vae_tiling.media.places import same_file
+from mlx_vae_tiling.runtime.autotune import plan_to_run
+from mlx_vae_tiling.runtime.crew import Crew, joined
+from mlx_vae_tiling.runtime.forms import expected_seconds
+from mlx_vae_tiling.runtime.meeting import launched
 from mlx_vae_tiling.runtime.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -24,7 +33,11 @@ EXAMPLES = """
   mlx-vae-tiling decode shot.latent --vae Kijai/LTX2.3_comfy -o shot.mov --fps 24000/1001
   mlx-vae-tiling decode shot.npy --vae ltx-2-vae/ -o part.npy --frames 24:48 --crop 0:256,128:384
   mlx-vae-tiling decode shot.safetensors --preview taeltx2_3.safetensors -o preview.mp4
-  mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30"""
+  mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30
+  mlx.launch --hosts a,b -- mlx-vae-tiling decode shot.safetensors --vae ltx-2.3 -o shot.mp4"""
+
+STEP_SECONDS = 15
+"""After the failure of another rank; by then most steps of a decoder have come to their end."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -41,44 +54,55 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--fps", help="frames per second, also as 24000/1001; default: what LATENTS says, or 24")
     add("--codec", help="h264 (.mp4), hevc, or prores (.mov)")
     add("--quality", type=float, help="of h264 and hevc: 1, best, to 51; default 18")
-    add("--timestep", type=float, help="of versions with timestep conditioning; default 0.05")
-    add("--noise-scale", type=float, help="noise in the latents of those versions, 0 to 1; default 0.025")
-    add("--seed", type=int, default=0, help="of that noise, and of a diffusion decoder's; default 0")
-    add(
-        "--steps", type=int, metavar="N", help="denoising steps of a diffusion decoder; default: its config's"
-    )
     add(
         "--preview",
         metavar="SOURCE",
         help="a tiny decoder (TAEHV) to decode with in place of --vae, far faster and blurrier",
     )
-    add(
-        "--denormalized", action="store_true", help="LATENTS were denormalized, as by diffusers' LTX2Pipeline"
-    )
     add("--resume", action="store_true", help="continue a decode that ended early")
     add("--overwrite", action="store_true", help="replace OUT, if there is one, once the new one is complete")
     add("--audio", metavar="FILE", help="the clip's sound, for .mp4 and .mov; cut and shifted for --frames")
     add("-q", "--quiet", action="store_true", help="no plan and no progress on stderr")
+    add_decoding(command)
     add_planning(command, required=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decodes and prints the report; returns the exit status."""
+    """Decodes and prints the report; returns the exit status.
+
+    Where a launcher has started several processes, each computes its part, and rank 0 writes and prints.
+    """
+    group = mx.distributed.init() if launched() else None
+    if group is None or group.size() == 1:
+        return _decode(args, None)
+    with joined(group) as crew:
+        threading.Thread(target=_end_in_time, args=[crew], daemon=True).start()
+        args.quiet = args.quiet or crew.rank > 0
+        return _decode(args, crew)
+
+
+def _end_in_time(crew: Crew) -> None:
+    """Ends the process some time after another one has failed, however long its step takes.
+
+    What is kept is complete at any moment.
+    """
+    error = crew.failure()
+    time.sleep(STEP_SECONDS)
+    print_error(str(error))
+    os._exit(2)
+
+
+def _decode(args: argparse.Namespace, crew: Crew | None) -> int:
     if same_file(args.latents, args.output):
         raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
-    saved = read_given_latents(args, decoder.config)
-    statistics = getattr(decoder, "per_channel_statistics", None)
-    if (
-        statistics is not None
-        and not args.denormalized
-        and looks_denormalized(saved.latents, statistics.mean, statistics.std)
-    ):
-        print_warning("the latents look denormalized; if the video comes out wrong, pass --denormalized")
-    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
-    if not args.quiet:
-        print(plan, file=sys.stderr)
-    plan.require_fit()
+    saved = latents_for(args, decoder)
+    planner = partial(plan_to_run, tell=_silent if args.quiet else print_news)
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps, planner)
+    if crew is None:
+        if not args.quiet:
+            print(plan_text(plan, expected_seconds(decoder, plan)), file=sys.stderr)
+        plan.require_fit()
     report = decode_to_file(
         decoder,
         saved.latents,
@@ -90,23 +114,24 @@ def run(args: argparse.Namespace) -> int:
         codec=args.codec,
         quality=args.quality,
         plan=plan,
-        timestep=args.timestep,
-        noise_scale=args.noise_scale,
-        seed=args.seed,
-        normalized=not args.denormalized,
-        num_inference_steps=args.steps,
         progress=not args.quiet,
+        group=crew,
+        **decoding_options(args),
     )
-    print_result(args, report, report_fields(report))
+    if crew is None or crew.rank == 0:
+        print_result(args, report, report_fields(report))
     return 0
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:
     if args.preview is None:
         if args.vae is None:
             raise ValueError("a decode needs --vae SOURCE, or --preview SOURCE for a tiny decoder")
-        source = locate_aloud(args.vae, args.quiet)
-        return load_decoder(source, dtype=args.dtype, config=parse_config(args.config))
+        return given_decoder(args)
     decoder = load_decoder(locate_aloud(args.preview, args.quiet), dtype=args.dtype)
     if not isinstance(decoder, TinyDecoder):
         raise ValueError(

@@ -6,13 +6,22 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.measure import Pass, machine_of, measure_form, pass_rates, product_rate, work_of
+from mlx_vae_tiling.runtime.measure import (
+    Pass,
+    machine_of,
+    measure_form,
+    operations_of,
+    pass_rates,
+    product_rate,
+    sample_of,
+    work_of,
+)
 from mlx_vae_tiling.runtime.memory import PeakMeter
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
@@ -148,11 +157,10 @@ def bench(
     total, forms = sum(one.operations for one in work), []
     for level, frames, operations in work[: 2 if quick else None]:
         tell(f"forms at {level}")
-        single = 54 * level.channels_in * level.channels_out * level.height * level.width
-        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // single)))
-        trials = [
-            measure_form(backend, form, level, frames, dtype, 1 if quick else 3) for form in backend.forms
-        ]
+        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // operations_of(level, 1))))
+        sample = sample_of(backend, level, frames, dtype)
+        trials = [measure_form(backend, form, sample, 1 if quick else 3) for form in backend.forms]
+        del sample
         chosen = choose(trials, ERROR_BOUNDS[machine.dtype], backend.default_form(dtype))
         forms.append(Forms(level, frames, operations / total, trials, chosen))
     decodes = []
@@ -167,7 +175,7 @@ def _variants(decoder: StreamingDecoder, plan: DecodePlan, quick: bool) -> Itera
     shape, limit = plan.latent_shape, plan.memory_limit
 
     def planned(budget: int = limit, **options: Any) -> DecodePlan:
-        return plan_decode(decoder, shape, memory_limit=budget, **options)
+        return plan_decode(decoder, shape, memory_limit=budget, backend=plan.backend, **options)
 
     whole = planned(chunk=(shape[2], None))
     if whole.fits:
@@ -208,16 +216,20 @@ def _in_windows(planned: Callable[..., DecodePlan], plan: DecodePlan) -> DecodeP
 
 
 def _policies(plan: DecodePlan) -> Iterator[tuple[str, DecodePlan]]:
-    form = plan.backend.form
-    yield "nothing waited for", replace(plan, backend=Policy(form=form, waits=False))
-    yield "cache of one chunk", replace(plan, backend=Policy(form=form, cache=plan.chunk_bytes))
-    yield "no cache", replace(plan, backend=Policy(form=form, cache=1))
+    yield "nothing waited for", replace(plan, backend=_policy(plan.backend, waits=False))
+    yield "cache of one chunk", replace(plan, backend=_policy(plan.backend, cache=plan.chunk_bytes))
+    yield "no cache", replace(plan, backend=_policy(plan.backend, cache=1))
+
+
+def _policy(backend: Backend, **rules: Any) -> Policy:
+    """A backend's forms under other rules."""
+    return Policy(**{one.name: getattr(backend, one.name) for one in fields(backend)}, **rules)
 
 
 def _decode(decoder: StreamingDecoder, latents: mx.array, name: str, plan: DecodePlan) -> Decode:
     evaluations: list[float] = []
     if type(plan.backend) is MetalBackend:
-        plan = replace(plan, backend=Policy(form=plan.backend.form, evaluations=evaluations))
+        plan = replace(plan, backend=_policy(plan.backend, evaluations=evaluations))
     weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
     mx.clear_cache()
     before, frames, longest = mx.get_active_memory() - weights, 0, 0.0

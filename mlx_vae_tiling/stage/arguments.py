@@ -23,12 +23,14 @@ class PipelineConfig:
 
     Args:
         vae_precision: "fp32", "fp16" or "bf16"; None for the dtypes of the latents and the weights.
+        vae_decode_precision: The same, in its place where it is not None.
         vae_tiling: True decodes by a plan within the memory limit, False as a whole. The frames of a
             `VideoDecoder` are the same.
     """
 
     vae_precision: str | None = None
     vae_tiling: bool = True
+    vae_decode_precision: str | None = None
 
 
 @dataclass
@@ -38,14 +40,16 @@ class DecodingArgs:
     Args:
         disable_autocast: True leaves the weights in the dtype they have, whatever `vae_precision`.
         pipeline_config: Precision and tiling.
-        output_type: "latent" passes the latents through; anything else decodes them.
-        vae_cpu_offload: True frees the VAE after `forward`; the next one loads it again.
+        output_type: "latent" passes the latents through, in float32; anything else decodes them.
+        vae_cpu_offload: True frees the VAE after `forward`, if the stage loaded it; the next one loads
+            it again.
         model_loaded: Whether "vae" is loaded; by default, whether the stage has one.
         model_paths: Under "vae", what `load_decoder` loads the VAE from; under "preview", a tiny decoder
             that decodes the steps of trajectories in its place.
         enable_stage_verification: Whether calling the stage verifies its input and output.
         memory_limit: Bytes, or a string such as "8GB", for a planned decode and the frames it
             returns; by default 70 % of what is available.
+        no_tune: As `decode_frames`.
     """
 
     disable_autocast: bool = False
@@ -56,6 +60,7 @@ class DecodingArgs:
     model_paths: dict[str, str | os.PathLike[str]] = field(default_factory=dict)
     enable_stage_verification: bool = True
     memory_limit: int | float | str | None = None
+    no_tune: bool = False
 
 
 @dataclass
@@ -85,13 +90,16 @@ def option(owner: Any, name: str, defaults: type) -> Any:
 
 
 def precision_of(args: Any) -> mx.Dtype | None:
-    """The dtype that `vae_precision` names, or None.
+    """The dtype that `vae_decode_precision` or else `vae_precision` names, or None.
 
     Raises:
         ValueError: If it names none.
     """
     config = option(args, "pipeline_config", DecodingArgs)
-    name = option(config, "vae_precision", PipelineConfig)
+    for field_name in ("vae_decode_precision", "vae_precision"):
+        name = option(config, field_name, PipelineConfig)
+        if name is not None:
+            break
     if name is not None and name not in PRECISIONS:
-        raise ValueError(f"vae_precision must be one of {', '.join(PRECISIONS)} or None, got {name!r}")
+        raise ValueError(f"{field_name} must be one of {', '.join(PRECISIONS)} or None, got {name!r}")
     return None if name is None else PRECISIONS[name]

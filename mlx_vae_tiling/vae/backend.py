@@ -7,8 +7,8 @@ when, and says, beside each, how much memory that takes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import mlx.core as mx
 
@@ -26,6 +26,17 @@ SATURATING_POSITIONS = 1024
 """Latent positions per step beyond which a larger chunk is not expected to be faster on a GPU."""
 
 SMALLEST_CACHE_BYTES = 2**20
+
+
+def known_form(told: Any, pinned: bool = True) -> Any:
+    """A form of convolution that was read from a file; None too, unless one has to be pinned.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if not (told in get_args(ConvolutionForm) or (told is None and not pinned)):
+        raise ValueError(f"a form of convolution must be one of {get_args(ConvolutionForm)}, got {told!r}")
+    return told
 
 
 class Taken(NamedTuple):
@@ -110,10 +121,32 @@ class Backend(LayerBackend):
         """The forms of convolution that may compete."""
         return ("stock", "folded")
 
+    def forms_at(self, operands: Operands) -> tuple[ConvolutionForm, ...]:
+        """Those of the forms that differ from each other at a convolution."""
+        return self.forms
+
     @property
     def wires_memory(self) -> bool:
         """Whether MLX can keep memory from being paged out."""
         return False
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What the last bits of frames depend on besides the device, in types that JSON has."""
+        return {"form": self.form}
+
+    def computing_as(self, arithmetic: dict[str, Any]) -> Backend:
+        """This backend, with the forms of another one of its kind.
+
+        Args:
+            arithmetic: Of that one.
+
+        Raises:
+            ValueError: If it is no such thing.
+        """
+        if set(arithmetic) != {"form"}:
+            raise ValueError(f"arithmetic must have a form, got {sorted(arithmetic)}")
+        return replace(self, form=known_form(arithmetic["form"], pinned=False))
 
     def device(self) -> dict[str, int | str]:
         """What MLX says of the device."""

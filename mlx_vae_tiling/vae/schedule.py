@@ -78,10 +78,12 @@ class Pace:
     Args:
         latent_frames: Latent frames per step.
         max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+        check: Called before every chunk; what it raises ends the stream.
     """
 
     latent_frames: int = 1
     max_chunk_frames: int | None = None
+    check: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_frames", "max_chunk_frames"):
@@ -108,15 +110,21 @@ class Pace:
 
 def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
     """What each step has to compute for a region of the last one's output."""
-    wanted: list[Region | None] = [None] * len(steps)
+    axes = (spans_of(steps, axis, span) for axis, span in enumerate(output))
+    return [Region(*spans) for spans in zip(*axes, strict=True)]
+
+
+def spans_of(steps: Sequence[Step], axis: int, output: Span) -> list[Span]:
+    """As `regions_of`, along one axis (0 is time): none depends on another."""
+    wanted: list[Span | None] = [None] * len(steps)
     wanted[-1] = output
     for number in range(len(steps) - 1, 0, -1):
-        region = wanted[number]
-        assert region is not None, f"step {number} is read by no later one"
+        span = wanted[number]
+        assert span is not None, f"step {number} is read by no later one"
         for producer, need in steps[number].reads:
-            before, other = need.before(region), wanted[producer]
+            before, other = need.along(axis, span), wanted[producer]
             wanted[producer] = before if other is None else other.joined(before)
-    return [region for region in wanted if region is not None]
+    return [span for span in wanted if span is not None]
 
 
 def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterator[Event]:
@@ -159,6 +167,8 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
     while made[-1] < times[-1].stop:
         while (stop := ready(number)) <= made[number]:
             number -= 1
+        if pace.check is not None:
+            pace.check()
         yield Compute(number, made[number], stop)
         made[number] = stop
         for producer in sorted({read.producer for read in steps[number].reads}):
