@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.frames import Frames, finish
-from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.memory import PeakMeter, format_bytes, memory_limits
+from mlx_vae_tiling.runtime.plan import DecodePlan, in_words
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -25,6 +25,9 @@ SMALLEST_CACHE_BYTES = 2**20
 
 SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
 """In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
+
+MOST_NAMED = 8
+"""Frames that a message names."""
 
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 
@@ -47,7 +50,8 @@ class Failure(NamedTuple):
             return RuntimeError(
                 f"decoding failed twice at frame {start}: {self.error}; {before}. Try a smaller memory limit"
             )
-        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults)
+        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults[:MOST_NAMED])
+        names += f" and {more} more" if (more := len(self.faults) - MOST_NAMED) > 0 else ""
         return ArithmeticError(
             f"decoding failed twice: frame {names}; {before}. "
             "Try a smaller memory limit, float32 weights, or another machine"
@@ -104,7 +108,7 @@ class Job:
         decoder.check(latents, options)
         bad = [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
         if checked and bad:
-            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
+            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {_some(bad)}")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
             plan = plan_decode(decoder, latents.shape, **planning)
@@ -134,7 +138,12 @@ class Job:
             num_inference_steps=old.inference_steps,
             parts=parts,
         )
-        plan.require_fit()
+        if not plan.fits:
+            raise ValueError(
+                f"the decode was begun with {in_words(len(parts))}, which need {format_bytes(plan.peak_bytes)}, more "
+                f"than {format_bytes(plan.memory_limit)}: raise the memory limit, or begin again "
+                f"(overwrite=True, --overwrite) with {in_words(len(old.parts))}, which fits"
+            )
         return replace(self, plan=plan)
 
     def decode(
@@ -231,6 +240,11 @@ class Job:
         elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
             pace.double(scale)
         return False
+
+
+def _some(frames: list[int]) -> str:
+    more = len(frames) - MOST_NAMED
+    return f"{frames[:MOST_NAMED]} and {more} more" if more > 0 else str(frames)
 
 
 def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:

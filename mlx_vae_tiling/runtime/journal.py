@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.media.places import replace_durably
 from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -61,7 +62,7 @@ class Journal:
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise unreadable(folder, error) from error
         changed = sorted(name for name in fingerprint | begun if begun.get(name) != fingerprint.get(name))
         if changed or shape != (plan.frames, *plan.size, 3):
@@ -73,11 +74,11 @@ class Journal:
         return cls(folder, parts, shape, fingerprint, done, replaces)
 
     def write(self) -> None:
-        """Replaces what is there."""
+        """Replaces what is there, after the new one has reached the disk."""
         told = {name: value for name, value in vars(self).items() if name != "folder"}
         fresh = self.folder / "journal.json.new"
         fresh.write_text(json.dumps(told, indent=1))
-        os.replace(fresh, self.folder / "journal.json")
+        replace_durably(os.fspath(fresh), os.fspath(self.folder / "journal.json"))
 
     def remove(self) -> None:
         """Deletes what a decode keeps in the folder; what others have put there stays."""
@@ -127,6 +128,14 @@ def _read_part(spans: list[list[list[int]]]) -> Part:
     return Part(pixels, latents)
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        text = "a file, or a link that leads nowhere, is where a decode keeps its journal: remove it"
+        raise FileExistsError(errno.EEXIST, text, str(folder)) from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder for this process alone; the system lets go of it when the process ends.
@@ -142,7 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
         text = "no such directory to write in, create it first"
         raise FileNotFoundError(errno.ENOENT, text, str(folder.parent))
     while True:
-        folder.mkdir(exist_ok=True)
+        _make(folder)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:

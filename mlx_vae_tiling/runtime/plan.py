@@ -121,7 +121,8 @@ class DecodePlan:
         if isinstance(self.tiling, TilingConfig):
             kind = "blended tiles"
         elif not all(part.exact for part in self.parts):
-            kind = f"approximate: windows see {self.tiling} latents around them"
+            seen = "1 latent" if self.tiling == 1 else f"{self.tiling} latents"
+            kind = f"approximate: windows see {seen} around them"
         rows = {
             "output": f"{self.frames} frames of {width}x{height}, from latents {self.latent_shape}",
             "method": f"{kind}, {in_words(len(self.parts))}",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Integral
 
 import mlx.core as mx
 
@@ -21,7 +22,7 @@ from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import AnyConfig
-from mlx_vae_tiling.vae.regions import Region, Span, Window
+from mlx_vae_tiling.vae.regions import Region, Span, Window, as_window
 
 ARRAY_ELEMENTS = 2**31
 """Kernels index with 32 bits; past it they fail without a word."""
@@ -86,17 +87,18 @@ def plan_decode(
     options = decoder.options(causal=causal, num_inference_steps=num_inference_steps)
     model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), options)
     budget = memory_budget(memory_limit)
-    wanted = (window or Window()).region(*decoder.output_shape(latent_shape)[2:])
+    wanted = as_window(window).region(*decoder.output_shape(latent_shape)[2:])
     if isinstance(tiling, TilingConfig):
         if window is not None:
             raise ValueError(
-                f"blended tiles decode all of the output, got the window {window}; crop its frames"
+                "blended tiles decode all of the output; crop its frames, without a window (--frames, --crop)"
             )
         # Tiles are blended in float32.
         model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
-    if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
+    if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
+    tiling = None if tiling is None else int(tiling)
     plan = _plan_exact(model, wanted, budget, tiling, parts, chunk)
     if no_tune or isinstance(backend, Backend):
         return plan
