@@ -139,10 +139,11 @@ class Job:
             parts=parts,
         )
         if not plan.fits:
+            needed, given = format_bytes(plan.peak_bytes), format_bytes(plan.memory_limit)
             raise ValueError(
-                f"the decode was begun with {in_words(len(parts))}, which need {format_bytes(plan.peak_bytes)}, more "
-                f"than {format_bytes(plan.memory_limit)}: raise the memory limit, or begin again "
-                f"(overwrite=True, --overwrite) with {in_words(len(old.parts))}, which fits"
+                f"the decode was begun with {in_words(len(parts))}, which need {needed}, got {given}: "
+                "raise the memory limit, or begin again (overwrite=True, --overwrite) with "
+                f"{in_words(len(old.parts))}, which fits"
             )
         return replace(self, plan=plan)
 
