@@ -90,7 +90,7 @@ def test_kill_and_resume(suffix, limit, windows, tmp_path):
     assert start(tmp_path / "expected.npy", limit, windows).wait() == 0
     expected = np.load(tmp_path / "expected.npy")
     assert expected.shape[0] == FRAMES and expected.std() > 10
-    # How many kills fall between the first and the last frame depends on the machine: half as many as asked for do.
+    # How many kills fall between the first and the last frame depends on the machine.
     while kills < KILLS or inside <= KILLS / 2:
         assert kills < 6 * KILLS, "hardly any kill fell between the first and the last frame"
         path = tmp_path / f"{decodes}.{suffix}"
