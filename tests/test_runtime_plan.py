@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from planning import QUICK, measure_case
+from planning import QUICK, measure_case, measured_peak
 from vae_cases import (
     LTX_2_3,
     VERSIONS,
@@ -19,12 +19,16 @@ from vae_cases import (
 )
 
 from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan_decode
+from mlx_vae_tiling.runtime import cost
 from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.planner import ARRAY_ELEMENTS
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
-from mlx_vae_tiling.vae.backends import CPU
+from mlx_vae_tiling.vae.backends import CPU, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.schedule import Pace
+from mlx_vae_tiling.vae.published import PUBLISHED
+from mlx_vae_tiling.vae.schedule import Pace, schedule
+
+pytestmark = pytest.mark.cpu
 
 FULL_HD = (1, 128, 16, 34, 60)
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -160,15 +164,30 @@ def test_as_few_windows_as_fit():
     ],
 )
 def test_limited_by(shape, limit, limited_by):
-    plan = plan_decode(LTX_2_3, shape, memory_limit=limit)
+    plan = plan_decode(LTX_2_3, shape, memory_limit=limit, backend="metal")
     assert plan.limited_by == limited_by
     assert limited_by in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk", "limited_by"),
+    [
+        ((1, 128, 100, 34, 60), (4, 4), "what is useful"),
+        ((1, 128, 5, 8, 12), (4, 4), "what is useful"),
+        ((1, 128, 5, 4, 4), (5, 32), "what is useful"),
+        ((1, 128, 3, 4, 4), (3, None), "the number of latent frames"),
+    ],
+)
+def test_chunks_on_the_cpu_are_no_larger_than_is_of_use(shape, chunk, limited_by):
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="cpu")
+    assert (plan.latent_frames_per_step, plan.max_chunk_frames) == chunk
+    assert plan.limited_by == limited_by
+
+
 def test_no_array_reaches_2_to_the_31_elements():
     shape = (1, 128, 100, 136, 240)
-    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB")
-    model = CostModel(VideoDecoder(LTX_2_3), shape, mx.bfloat16, CPU)
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="metal")
+    model = CostModel(VideoDecoder(LTX_2_3), shape, mx.bfloat16, METAL)
     pace = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
     pace.double(8)
     costs = [model.cost(p, plan.latent_frames_per_step, plan.max_chunk_frames) for p in plan.parts]
@@ -177,7 +196,7 @@ def test_no_array_reaches_2_to_the_31_elements():
 
 
 def test_state_is_two_frames_of_the_input_of_every_convolution():
-    plan = plan_decode(LTX_2_3, (1, 128, 100, 34, 60), memory_limit="1TB", dtype=mx.bfloat16)
+    plan = plan_decode(LTX_2_3, (1, 128, 100, 34, 60), memory_limit="1TB", chunk=(1, None))
     scale, elements = 1, 0
     for layer in LTX_2_3.layers():
         elements += 2 * layer.in_channels * 34 * 60 * scale**2
@@ -206,8 +225,8 @@ def test_a_halo_as_large_as_the_video_is_exact():
 
 
 def test_parts_of_an_earlier_plan_are_kept():
-    small = plan_decode(LTX_2_3, FULL_HD, memory_limit="2.4GB")
-    large = plan_decode(LTX_2_3, FULL_HD, memory_limit="60GB", parts=small.parts)
+    small = plan_decode(LTX_2_3, FULL_HD, memory_limit="2.4GB", backend="metal")
+    large = plan_decode(LTX_2_3, FULL_HD, memory_limit="60GB", backend="metal", parts=small.parts)
     assert large.parts == small.parts and large.operations == small.operations
     assert small.max_chunk_frames and large.max_chunk_frames is None
 
@@ -236,6 +255,45 @@ def test_where_nothing_fits_the_smallest_plan_is_told():
     ):
         plan.require_fit()
     assert plan_decode(LTX_2_3, FULL_HD, memory_limit=plan.peak_bytes).fits
+
+
+@pytest.mark.parametrize("halo", [None, 1])
+@pytest.mark.parametrize("version", ["ltx-2.3", "0.9.1"])
+def test_the_search_finds_what_looking_at_every_window_finds(version, halo):
+    """The fewest windows that fit, and where none do, those of which the neediest needs least."""
+    decoder = small_decoder(version)
+    shape = (1, decoder.config.latent_channels, 2, 7, 5)
+    model = CostModel(decoder, shape, mx.float32, CPU)
+    wanted = Window().region(*decoder.output_shape(shape)[2:])
+    choices = [parts_of(model, wanted, *grid, halo) for grid in grids(*shape[3:])]
+    needs = [model.weight_bytes + max(model.cost(part, 1, 1).total for part in parts) for parts in choices]
+    for limit in (min(needs) - 1, *needs, max(needs) + 1):
+        fitting = [parts for parts, need in zip(choices, needs, strict=True) if need <= limit]
+        expected = fitting[0] if fitting else choices[needs.index(min(needs))]
+        plan = plan_decode(decoder, shape, memory_limit=limit, tiling=halo, backend=CPU)
+        assert plan.parts == expected and plan.fits == bool(fitting)
+
+
+@pytest.mark.parametrize("limit", ["100MB", "1.3GB"])
+@pytest.mark.parametrize("frames", [16, 100])
+def test_little_is_looked_at_where_nothing_fits(frames, limit, monkeypatch):
+    """One schedule, and about one window of each grid instead of all 2000: the answer takes no second."""
+    schedules, windows = [], []
+
+    def counted_schedule(*arguments):
+        schedules.append(arguments)
+        return schedule(*arguments)
+
+    def counted_cost(model, regions, trace):
+        windows.append(regions)
+        return one_cost(model, regions, trace)
+
+    one_cost = CostModel._cost
+    monkeypatch.setattr(cost, "schedule", counted_schedule)
+    monkeypatch.setattr(CostModel, "_cost", counted_cost)
+    plan = plan_decode(LTX_2_3, (1, 128, frames, 68, 120), memory_limit=limit, backend="cpu")
+    assert not plan.fits
+    assert len(schedules) == 1 and len(windows) <= 1.5 * MOST_WINDOWS
 
 
 @pytest.mark.parametrize(
@@ -267,15 +325,8 @@ def test_predicted_peak_whatever_the_dtype_of_the_latents(dtype, given):
     decoder = VideoDecoder(replace(LTX_2_3, base_channels=4, latent_channels=8)).init_random()
     decoder.set_dtype(dtype)
     latents = random_latents(decoder, 1, 9, 4, 5).astype(given)
-    mx.eval(latents, decoder.parameters())
-    before, peak = mx.get_active_memory() - decoder.config.parameters * dtype.size, 0
     plan = plan_decode(decoder, latents.shape, memory_limit="5MB")
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    for frames in decode_frames(decoder, latents, plan=plan):
-        del frames
-        peak = max(peak, mx.get_peak_memory())
-    assert plan.peak_bytes == pytest.approx(max(peak, mx.get_peak_memory()) - before, rel=0.05)
+    assert plan.peak_bytes == pytest.approx(measured_peak(decoder, latents, plan), rel=0.05)
 
 
 @pytest.mark.slow
@@ -286,3 +337,13 @@ def test_predicted_peak(case):
     assert result.plan.fits
     assert result.plan.peak_bytes == pytest.approx(result.measured_bytes, rel=0.15)
     assert result.measured_bytes <= 1.05 * result.plan.memory_limit
+
+
+@pytest.mark.parametrize("version", ["ltx-0.9.5", "ltx-2.3", "ltx-2.5", "taeltx2_3"])
+def test_planning_asks_the_device_for_nothing(version, monkeypatch):
+    """A device that fails cannot fail a plan."""
+    for ask in ("tolist", "item", "__array__", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(mx.array, ask, pytest.fail)
+    config = PUBLISHED[version].config
+    plan = plan_decode(config, (1, config.latent_channels, 3, 4, 4), memory_limit="34GB", backend="metal")
+    assert plan.fits

@@ -83,7 +83,7 @@ def assert_shows(path, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("suffix", "limit", "windows"), [("npy", 1_700_000, 1), ("npy", 1_400_000, 2), ("mp4", 1_700_000, 1)]
+    ("suffix", "limit", "windows"), [("npy", 2_000_000, 1), ("npy", 1_800_000, 2), ("mp4", 2_000_000, 1)]
 )
 def test_kill_and_resume(suffix, limit, windows, tmp_path):
     draw, kills, inside, decodes = random.Random(windows), 0, 0, 0

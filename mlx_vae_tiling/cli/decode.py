@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
 from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.plan import add_planning, plan_for
-from mlx_vae_tiling.cli.printing import print_result, report_fields
+from mlx_vae_tiling.cli.printing import plan_text, print_news, print_result, report_fields
 from mlx_vae_tiling.media.places import same_file
+from mlx_vae_tiling.runtime.autotune import plan_to_run
+from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -59,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
     saved = latents_for(args, decoder)
-    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
+    planner = partial(plan_to_run, tell=_silent if args.quiet else print_news)
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps, planner)
     if not args.quiet:
-        print(plan, file=sys.stderr)
+        print(plan_text(plan, expected_seconds(decoder, plan)), file=sys.stderr)
     plan.require_fit()
     report = decode_to_file(
         decoder,
@@ -79,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     )
     print_result(args, report, report_fields(report))
     return 0
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:

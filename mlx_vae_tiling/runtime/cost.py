@@ -13,7 +13,7 @@ from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions
 from mlx_vae_tiling.vae.regions import Region, Span
-from mlx_vae_tiling.vae.schedule import Deliver, Forget, Pace, frames_per_latent, regions_of, schedule
+from mlx_vae_tiling.vae.schedule import Deliver, Forget, Pace, frames_per_latent, schedule, spans_of
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -42,14 +42,26 @@ class Part(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes that last from chunk to chunk, bytes that one chunk adds, and elements of the largest array."""
+    """What a stream takes besides the weights, in bytes.
+
+    Attributes:
+        state: What lasts from chunk to chunk.
+        chunk: What one chunk adds.
+        workspace: Outside MLX.
+        elements: Of the largest array.
+    """
 
     state: int
     chunk: int
+    workspace: int
     elements: int
 
     @property
     def total(self) -> int:
+        return self.of_mlx + self.workspace
+
+    @property
+    def of_mlx(self) -> int:
         return self.state + self.chunk
 
 
@@ -102,9 +114,10 @@ class CostModel:
         self.options = options or decoder.options()
         self.output_dtype = output_dtype or dtype
         self.steps = decoder.steps(self.options, self.output_dtype)
-        scale, size, some = frames_per_latent(self.steps)[-1], 2**20, Span(0, 1, 1)
+        scale, size = frames_per_latent(self.steps)[-1], 2**20
         middle = Span(size // 2, size // 2 + 1, scale * (size - 1) + 1)
-        self._lag = regions_of(self.steps, Region(middle, some, some))[0].time.length
+        self._lag = spans_of(self.steps, 0, middle)[0].length
+        self._spans: dict[tuple[int, Span], list[Span]] = {}
         self._traces: dict[Hashable, Trace] = {}
         self._costs: dict[Hashable, Cost] = {}
 
@@ -114,13 +127,23 @@ class CostModel:
 
     def operations(self, part: Part) -> int:
         """Multiplications and additions of all steps."""
-        regions = regions_of(self.steps, part.inside)
+        regions = self._regions(part.inside)
         pairs = zip(self.steps, regions, strict=True)
         return self.latent_shape[0] * sum(step.operations * region.volume for step, region in pairs)
 
     def latents_before(self, pixels: Region) -> Region:
         """The latents that a region of the output depends on."""
-        return regions_of(self.steps, pixels)[0]
+        return self._regions(pixels)[0]
+
+    def _regions(self, pixels: Region) -> list[Region]:
+        """As `regions_of`: windows of a grid share their rows and columns."""
+        axes = (self._along(axis, span) for axis, span in enumerate(pixels))
+        return [Region(*spans) for spans in zip(*axes, strict=True)]
+
+    def _along(self, axis: int, span: Span) -> list[Span]:
+        if (axis, span) not in self._spans:
+            self._spans[axis, span] = spans_of(self.steps, axis, span)
+        return self._spans[axis, span]
 
     def cost(self, part: Part, step: int, cap: int | None) -> Cost:
         """Memory of a stream besides the weights.
@@ -130,7 +153,7 @@ class CostModel:
             step: Latent frames per step.
             cap: Most frames of a chunk in any layer; None for no bound.
         """
-        regions = regions_of(self.steps, self._shortened(part.inside, step))
+        regions = self._regions(self._shortened(part.inside, step))
         times = tuple(region.time for region in regions)
         sides = tuple((region.height.length, region.width.length) for region in regions)
         key = times, sides, step, cap
@@ -145,7 +168,7 @@ class CostModel:
         frame[:-1] *= self.dtype.size
         frame[-1] *= itemsize
         taken = [self._taken(chunk, regions) for chunk in trace.chunks]
-        most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]
+        most = np.array([t.nbytes for t in taken])[trace.computing[:, 0]]
         at_once = [int((trace.computing[:, 1:] @ frame + most).max())]
         if len(trace.copying):
             at_once.append(int((trace.copying @ frame).max()))
@@ -153,7 +176,8 @@ class CostModel:
         piece = max(chunk.stop - chunk.start for chunk in trace.chunks if chunk.step == len(self.steps) - 1)
         at_once.append(state + int(frame[-1]) * piece + finishing_bytes(plane, itemsize))
         ahead = self.backend.pieces_ahead * int(frame[-1]) * piece
-        return Cost(state, max(at_once) + ahead - state, max(elements for _, elements in taken))
+        workspace, elements = max(t.workspace for t in taken), max(t.elements for t in taken)
+        return Cost(state, max(at_once) + ahead - state, workspace, elements)
 
     def _taken(self, chunk: Chunk, regions: Sequence[Region]) -> Taken:
         step, output = self.steps[chunk.step], regions[chunk.step].over(chunk.start, chunk.stop)
@@ -167,7 +191,7 @@ class CostModel:
         middle of a long video are left out.
         """
         scale = frames_per_latent(self.steps)[-1]
-        latents = regions_of(self.steps, pixels)[0].time
+        latents = self._along(0, pixels.time)[0]
         filled = 2 * self._lag + 4 * step
         surplus = max(latents.length - filled, 0) // step * step * scale
         time = pixels.time

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.media.places import replace_durably
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.journal_file import read_told, write_told
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Region, Span
@@ -35,6 +34,8 @@ class Journal:
         parts: What is decoded one after the other.
         shape: (F, H, W, 3) of the output.
         fingerprint: What the frames depend on, by name.
+        arithmetic: Of the backend that the decode was begun with, whose forms another run takes over: what
+            was measured since would change the rounding.
         done: Finished frames of each part; of a single part the unfinished output itself tells.
         replaces: The file that had the output's name when the decode began, by `identity`.
     """
@@ -43,22 +44,24 @@ class Journal:
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     fingerprint: dict[str, str]
+    arithmetic: dict[str, Any]
     done: list[int] | None
     replaces: Identity | None
 
     @classmethod
     def read(cls, folder: Path, plan: DecodePlan, fingerprint: dict[str, str]) -> Journal:
-        """The journal that is there, with the parts its decode was begun with.
+        """The journal that is there, with the parts and the arithmetic its decode was begun with.
 
         Raises:
             ValueError: If it cannot be read or tells of another decode.
         """
         place = folder / "journal.json"
         try:
-            told = json.loads(place.read_text())
+            told = read_told(folder)
             parts = tuple(_read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
+            arithmetic = dict(told["arithmetic"])
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
@@ -71,14 +74,16 @@ class Journal:
                 f"{', '.join(changed) or 'size'} differs from {place}; "
                 f"delete {folder} and begin again with overwrite=True, --overwrite"
             )
-        return cls(folder, parts, shape, fingerprint, done, replaces)
+        try:
+            plan.backend.computing_as(arithmetic)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise unreadable(folder, error) from error
+        return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces)
 
     def write(self) -> None:
         """Replaces what is there, after the new one has reached the disk."""
         told = {name: value for name, value in vars(self).items() if name != "folder"}
-        fresh = self.folder / "journal.json.new"
-        fresh.write_text(json.dumps(told, indent=1))
-        replace_durably(os.fspath(fresh), os.fspath(self.folder / "journal.json"))
+        write_told(self.folder, told)
 
     def remove(self) -> None:
         """Deletes what a decode keeps in the folder; what others have put there stays."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mlx_vae_tiling.media.space import disk_bytes
 from mlx_vae_tiling.media.video import first_file, open_video, unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime.journal import Journal, identity, locked
+from mlx_vae_tiling.runtime.journal_file import read_told
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.store import FrameStore
 
@@ -28,7 +28,7 @@ class DecodeOutput:
     """Where the frames of a decode go.
 
     Attributes:
-        journal: Its journal, with the parts that the decode was begun with.
+        journal: Its journal, with the parts and the arithmetic that the decode was begun with.
         writer: Takes the frames from `writer.frames_kept` on; None if an earlier run has completed it.
         store: Keeps the frames of several windows; a single one needs none, as the output keeps them.
         kept: Finished frames, all in all, of an earlier run.
@@ -123,7 +123,8 @@ def _begin(
     _require_room(path, folder, shape, dtype, len(plan.parts), options["codec"], options["quality"])
     writer = open_video(path, overwrite=overwrite, **options)
     done = [0] * len(plan.parts) if len(plan.parts) > 1 else None
-    journal = Journal(folder, plan.parts, shape, fingerprint, done, identity(first_file(path)))
+    replaces, arithmetic = identity(first_file(path)), plan.backend.arithmetic
+    journal = Journal(folder, plan.parts, shape, fingerprint, arithmetic, done, replaces)
     journal.write()
     # Frames of a decode that is begun again; the journal no longer counts them.
     (folder / "frames").unlink(missing_ok=True)
@@ -185,7 +186,7 @@ def finished_share(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
     """As `kept_frames`, for the process that holds the folder; nothing that cannot be read is kept."""
     folder = store_folder(path)
     try:
-        told = json.loads((folder / "journal.json").read_text())
+        told = read_told(folder)
         done, frames = told["done"], int(told["shape"][0])
         if done is not None:
             return folder, float(sum(done) / (len(done) * frames))

@@ -30,9 +30,9 @@ class DecodePlan:
         latent_frames_per_step: Latent frames taken in at a time.
         max_chunk_frames: Bound of the frames of a chunk in any layer; None for none.
         tiling: None for exact windows, blended tiles, or how many latents around them windows see.
-        peak_bytes: Predicted peak of MLX's memory, weights included.
-        weight_bytes, state_bytes, chunk_bytes: Of these, the weights, the frames that the layers
-            keep between chunks, and the rest.
+        peak_bytes: Predicted peak of the memory for arrays, weights included.
+        weight_bytes, state_bytes, workspace_bytes, chunk_bytes: Of these, the weights, the frames that the
+            layers keep between chunks, what the CPU computes in outside MLX, and the rest.
         memory_limit: The budget in bytes.
         operations: Multiplications and additions of all convolutions.
         recompute: Operations over those of the whole decode: 1.0 means that none is repeated.
@@ -55,6 +55,7 @@ class DecodePlan:
     peak_bytes: int
     weight_bytes: int
     state_bytes: int
+    workspace_bytes: int
     memory_limit: int
     operations: int
     recompute: float
@@ -78,8 +79,8 @@ class DecodePlan:
 
     @property
     def lasting_bytes(self) -> int:
-        """What does not depend on the size of chunks: weights and state."""
-        return self.weight_bytes + self.state_bytes
+        """What hardly depends on the size of chunks: weights, state and workspace."""
+        return self.weight_bytes + self.state_bytes + self.workspace_bytes
 
     @property
     def chunk_bytes(self) -> int:
@@ -95,6 +96,16 @@ class DecodePlan:
             raise ValueError(
                 f"no plan fits in {format_bytes(self.memory_limit)}; the smallest needs "
                 f"{format_bytes(self.peak_bytes)}, in {in_words(len(self.parts))}: raise the memory limit"
+            )
+
+    def require_fit_of_begun(self, fitting: int) -> None:
+        """The same for a decode that was begun with these windows, where a fresh one in so many fits."""
+        if not self.fits:
+            needed, given = format_bytes(self.peak_bytes), format_bytes(self.memory_limit)
+            raise ValueError(
+                f"the decode was begun with {in_words(len(self.parts))}, which need {needed}, got {given}: "
+                "raise the memory limit, or begin again (overwrite=True, --overwrite) with "
+                f"{in_words(fitting)}, which fits"
             )
 
     def require_match(
@@ -129,7 +140,8 @@ class DecodePlan:
             "chunk": f"{step} (limited by {self.limited_by})",
             "peak": f"{format_bytes(self.peak_bytes)} of {format_bytes(self.memory_limit)}: "
             f"weights {format_bytes(self.weight_bytes)}, state {format_bytes(self.state_bytes)}, "
-            f"chunk {format_bytes(self.chunk_bytes)}",
+            f"chunk {format_bytes(self.chunk_bytes)}"
+            + (f", outside MLX {format_bytes(self.workspace_bytes)}" if self.workspace_bytes else ""),
             "work": f"{self.operations / 1e12:.3g} TFLOP, {self.recompute:.2f}x the whole decode",
             "first": f"frame after {self.latents_to_first_frame} of {self.latent_shape[2]} latent frames",
             "runs in": f"{self.dtype} on {self.backend.name}",

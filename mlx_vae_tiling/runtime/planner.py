@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from numbers import Integral
 
 import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.forms import tuned_backend
+from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, neediest
 from mlx_vae_tiling.runtime.memory import memory_budget
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
@@ -24,17 +23,8 @@ from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Region, Span, Window, as_window
 
-ARRAY_ELEMENTS = 2**31
-"""Kernels index with 32 bits; past it they fail without a word."""
-
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
-
-SATURATING_POSITIONS = 1024
-"""Latent positions per step beyond which a larger chunk is not expected to be faster."""
-
-MOST_WINDOWS = 64
-"""More would repeat most of their work; who has so little memory is told what is needed."""
 
 
 def plan_decode(
@@ -98,18 +88,18 @@ def plan_decode(
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
-    tiling = None if tiling is None else int(tiling)
-    plan = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    if no_tune or isinstance(backend, Backend):
-        return plan
-    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-    tuned = tuned_backend(model.backend, model.steps, everything, dtype)
-    if tuned == model.backend:
-        return plan
-    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, options)
-    better = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    # A faster form that takes so much memory that halos are repeated is none.
-    return better if better.fits and len(better.parts) <= len(plan.parts) else plan
+    halo = None if tiling is None else int(tiling)
+    backends = [model.backend]
+    if not isinstance(backend, Backend):
+        everything = Window().region(*decoder.output_shape(latent_shape)[2:])
+        tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
+        backends = list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
+
+    def planned(backend: Backend) -> DecodePlan:
+        model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
+        return _plan_exact(model, wanted, budget, halo, parts, chunk)
+
+    return fewest_windows(planned, backends)
 
 
 def _plan_exact(
@@ -120,81 +110,28 @@ def _plan_exact(
     parts: tuple[Part, ...] | None,
     chunk: tuple[int, int | None] | None,
 ) -> DecodePlan:
-    parts = parts or _choose_parts(model, wanted, budget, halo)
-    return _plan_chunks(model, wanted, budget, halo, parts, [chunk] if chunk else list(_steps(model)))
+    left, smallest = budget - model.weight_bytes, list(_steps(model))[-1]
+    parts = parts or choose_parts(model, wanted, left, halo, smallest)
+    steps = [chunk] if chunk else list(_steps(model))
+    if neediest(model, parts, steps[-1], left) > left:
+        steps = steps[-1:]
+    return _plan_chunks(model, wanted, budget, halo, parts, steps)
 
 
 def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
-    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames)."""
+    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames).
+
+    What halves is the cap: the first layers, whose frames are small and whose kernels are large, keep
+    chunks as large as the last ones'.
+    """
     _, _, frames, height, width = model.latent_shape
-    useful = max(1, math.ceil(SATURATING_POSITIONS / (height * width)))
-    step = 2 ** math.ceil(math.log2(useful))
-    if step >= frames:
-        yield frames, None
-    while step >= 1:
-        if step < frames:
-            yield step, None
-        step //= 2
-    cap = model.decoder.config.temporal_scale // 2
+    scale = model.decoder.config.temporal_scale
+    step, cap = model.backend.useful_chunk(height * width, scale)
+    step = min(step, frames)
     while cap >= 1:
-        yield 1, cap
-        cap //= 2
-
-
-def _cuts(span: Span, count: int, scale: int) -> list[slice]:
-    """A span of pixels in `count` runs, about even, cut between latents."""
-    inner = [round((span.start + span.length * i / count) / scale) * scale for i in range(1, count)]
-    return [slice(*bounds) for bounds in pairwise([span.start, *inner, span.stop])]
-
-
-def _parts(model: CostModel, wanted: Region, rows: int, columns: int, halo: int | None) -> tuple[Part, ...]:
-    scale = model.decoder.config.spatial_scale
-    everything = Region(*(Span(0, length, length) for length in model.latent_shape[2:]))
-
-    def around(cut: slice, latents: Span) -> Span:
-        if halo is None:
-            return latents
-        start, stop = cut.start // scale, -(-cut.stop // scale)
-        # What the decoder cannot decode by itself, such as a single row that is reflected, takes more.
-        reach = max(halo, model.decoder.smallest_side - (stop - start))
-        return latents._replace(start=max(start - reach, 0), stop=min(stop + reach, latents.size))
-
-    def part(height: slice, width: slice) -> Part:
-        pixels = wanted._replace(
-            height=wanted.height._replace(start=height.start, stop=height.stop),
-            width=wanted.width._replace(start=width.start, stop=width.stop),
-        )
-        time, *space = everything
-        return Part(pixels, Region(time, around(height, space[0]), around(width, space[1])))
-
-    return tuple(
-        part(height, width)
-        for height in _cuts(wanted.height, rows, scale)
-        for width in _cuts(wanted.width, columns, scale)
-    )
-
-
-def _grids(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Grids of windows over this many latents, the squarest windows of each number."""
-    for count in range(1, min(height * width, MOST_WINDOWS) + 1):
-        pairs = [(r, count // r) for r in range(1, count + 1) if count % r == 0]
-        fitting = [(r, c) for r, c in pairs if r <= height and c <= width]
-        if fitting:
-            yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
-
-
-def _choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None) -> tuple[Part, ...]:
-    """The fewest windows that fit with the smallest chunks; where none do, those that need least."""
-    scale, smallest = model.decoder.config.spatial_scale, list(_steps(model))[-1]
-    candidates = []
-    for grid in _grids(max(1, wanted.height.length // scale), max(1, wanted.width.length // scale)):
-        parts = _parts(model, wanted, *grid, halo)
-        costs = [model.cost(part, *smallest) for part in parts]
-        most = max(cost.total for cost in costs)
-        if model.weight_bytes + most <= budget and max(c.elements for c in costs) < ARRAY_ELEMENTS:
-            return parts
-        candidates.append((most, parts))
-    return min(candidates, key=lambda candidate: candidate[0])[1]
+        step = min(step, cap)
+        yield step, cap if cap < step * scale else None
+        cap = min(cap, step * scale) // 2
 
 
 def _plan_chunks(
@@ -206,7 +143,8 @@ def _plan_chunks(
     steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
     """The largest of these chunks with which these windows fit."""
-    limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
+    everything = steps[0] == (model.latent_shape[2], None)
+    limited_by = "the number of latent frames" if everything else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
         largest = max(costs, key=lambda cost: cost.total)
@@ -229,7 +167,7 @@ def _plan_blended(model: CostModel, wanted: Region, tiling: TilingConfig, budget
     planes, itemsize = batch * config.out_channels, model.dtype.size
 
     def decoding(*tile: int) -> int:
-        return model.cost(_whole(model, list(tile)), tile[0], None).total
+        return model.cost(_whole(model, list(tile)), tile[0], None).of_mlx
 
     finishing = finishing_bytes(planes * wanted.area, itemsize)
     blending = blending_bytes(tiles, planes, itemsize, decoding, finishing)
@@ -278,6 +216,7 @@ def _assemble(
         peak_bytes=model.weight_bytes + largest.total,
         weight_bytes=model.weight_bytes,
         state_bytes=largest.state,
+        workspace_bytes=largest.workspace,
         memory_limit=budget,
         operations=operations,
         recompute=operations / at_once,

@@ -4,58 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_vae_tiling.media.video import frame_rate
+from mlx_vae_tiling.runtime.faults import tried_twice
+from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.frames import KINDS, Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
 from mlx_vae_tiling.runtime.output import DecodeOutput, open_output
 from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.runtime.store import FrameStore
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window
-
-
-@dataclass(frozen=True)
-class DecodeReport:
-    """What a decode to a file did.
-
-    Attributes:
-        path: The file.
-        frames: Frames in it.
-        resumed_frames: Of these, those that an earlier run had decoded.
-        seconds: Time taken, opening and writing included.
-        peak_bytes: Measured peak of MLX's memory.
-        footprint_bytes: The most physical memory that the process ever held, by the system's count.
-        plan: The plan that was run, which holds the prediction.
-    """
-
-    path: str
-    frames: int
-    resumed_frames: int
-    seconds: float
-    peak_bytes: int
-    footprint_bytes: int
-    plan: DecodePlan
-
-    def __str__(self) -> str:
-        resumed = f" ({self.resumed_frames} of them from before)" if self.resumed_frames else ""
-        return (
-            f"{self.path}: {self.frames} frames{resumed} in {self.seconds:.1f} s, "
-            f"{(self.frames - self.resumed_frames) / max(self.seconds, 1e-9):.1f} frames/s, "
-            f"peak {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.plan.peak_bytes)}), "
-            f"process {format_bytes(self.footprint_bytes)}"
-        )
 
 
 def decode_frames(
@@ -74,6 +45,7 @@ def decode_frames(
     noise: mx.array | None = None,
     num_inference_steps: int | None = None,
     bits: int = 8,
+    no_tune: bool = False,
     progress: bool = False,
 ) -> Iterator[Frames]:
     """Decodes latents to finished RGB frames within a memory budget.
@@ -94,7 +66,9 @@ def decode_frames(
         noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
         num_inference_steps: Of a diffusion decoder; None for its config's.
         bits: 8 for uint8, 16 for uint16 frames, 32 for float32 in [0, 1].
-        progress: Shows a progress bar on stderr.
+        no_tune: Measures no form of convolution before a long decode on Metal, which takes two seconds the
+            first time, and takes none for having been measured. A plan that is given has its forms.
+        progress: Shows a progress bar on stderr, with the seconds that are expected where they are known.
 
     Returns:
         An iterator of uint8 (or uint16, float32) arrays (f, H, W, 3).
@@ -105,9 +79,9 @@ def decode_frames(
     """
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = new_job(decoder, latents, bits, plan, options, planning, noise)
-    return frames_of(job, None, progress)
+    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
+    job = new_job(decoder, latents, bits, plan, options, planning, noise, progress)
+    return frames_of(job, None, progress, expected_seconds(decoder, job.plan) if progress else None)
 
 
 def decode_to_file(
@@ -132,6 +106,7 @@ def decode_to_file(
     normalized: bool = True,
     noise: mx.array | None = None,
     num_inference_steps: int | None = None,
+    no_tune: bool = False,
     progress: bool = False,
 ) -> DecodeReport:
     """Decodes latents to a video, an image sequence or an array on disk.
@@ -153,7 +128,7 @@ def decode_to_file(
             to the window.
         codec, quality: As `media.video.open_video`.
         memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, noise,
-            num_inference_steps, progress: As `decode_frames`.
+            num_inference_steps, no_tune, progress: As `decode_frames`.
 
     Returns:
         What was done. Its `str()` is one line.
@@ -169,26 +144,63 @@ def decode_to_file(
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = new_job(decoder, latents, bits, plan, options, planning, noise)
-    settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
-    if noise is not None:
-        settings["noise"] = hash_of(noise).hex()
-    fingerprint = fingerprint_of(decoder, latents, **settings)
+    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
+    job = new_job(decoder, latents, bits, plan, options, planning, noise, progress)
+    fingerprint = tried_twice(lambda: _fingerprint(job, bits, noise), "reading what is decoded")
     video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
     with open_output(
         path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
     ) as output:
+        expected = None
         if output.writer is not None:
-            if output.journal.parts != job.plan.parts:
-                job = job.planned_anew(output.journal.parts)
-            with contextlib.closing(frames_of(job, output, progress)) as frames:
+            job = job.as_begun(output.journal.parts, output.journal.arithmetic)
+            expected = _expected_now(job, output)
+            with contextlib.closing(frames_of(job, output, progress, expected)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
-    seconds = time.perf_counter() - began
+    return _reported(job, path, output.kept, time.perf_counter() - began, expected)
+
+
+def _reported(
+    job: Job, path: str | os.PathLike[str], kept: int, seconds: float, expected: float | None
+) -> DecodeReport:
     return DecodeReport(
-        os.fspath(path), job.plan.frames, output.kept, seconds, job.meter.highest, footprint_bytes(), job.plan
+        path=os.fspath(path),
+        frames=job.plan.frames,
+        resumed_frames=kept,
+        seconds=seconds,
+        decoding_seconds=job.spent.seconds,
+        expected_seconds=expected,
+        peak_bytes=job.meter.highest,
+        footprint_bytes=footprint_bytes(),
+        plan=job.plan,
     )
+
+
+def _fingerprint(job: Job, bits: int, noise: mx.array | None) -> dict[str, str]:
+    """What a resumed decode has to share."""
+    settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
+    settings |= {"backend": job.plan.backend.name, "convolution_form": job.decoder.convolution_form}
+    if noise is not None:
+        settings["noise"] = hash_of(noise).hex()
+    return fingerprint_of(job.decoder, job.latents, **settings)
+
+
+def _expected_now(job: Job, output: DecodeOutput) -> float | None:
+    """How long decoding the frames takes that an earlier run has not finished."""
+    seconds = expected_seconds(job.decoder, job.plan)
+    if seconds is None or isinstance(job.plan.tiling, TilingConfig):
+        return seconds
+    return seconds * (1 - _finished(output) / (len(job.plan.parts) * job.plan.frames))
+
+
+def _finished(output: DecodeOutput) -> int:
+    """Frames of all windows that are kept."""
+    return sum(output.store.done) if output.store else output.writer.frames_kept if output.writer else 0
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | str) -> dict[str, Any]:
@@ -210,6 +222,7 @@ def new_job(
     options: dict[str, Any],
     planning: dict[str, Any],
     noise: mx.array | None,
+    progress: bool = False,
 ) -> Job:
     """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     if bits not in KINDS:
@@ -219,9 +232,10 @@ def new_job(
     if plan is not None:
         for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
             options[name] = planned if options.get(name) is None else options[name]
-    job = Job.prepare(
-        decoder, latents, decoder.options(**options), KINDS[bits], plan, noise=noise, **planning
-    )
+    if progress:
+        planning["tell"] = _print
+    resolved = decoder.options(**options)
+    job = Job.prepare(decoder, latents, resolved, KINDS[bits], plan, noise=noise, **planning)
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"
@@ -229,10 +243,12 @@ def new_job(
     return job
 
 
-def frames_of(job: Job, output: DecodeOutput | None = None, progress: bool = False) -> Generator[Frames]:
+def frames_of(
+    job: Job, output: DecodeOutput | None = None, progress: bool = False, expected: float | None = None
+) -> Generator[Frames]:
     """Frames of a job in order, those that an output keeps left out; several windows are put together.
 
-    Progress counts each frame of each window.
+    Progress counts each frame of each window, and tells the seconds that are expected.
     """
     from tqdm import tqdm
 
@@ -240,8 +256,9 @@ def frames_of(job: Job, output: DecodeOutput | None = None, progress: bool = Fal
     unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
     store = output.store if output else None
     start = output.writer.frames_kept if output and output.writer else 0
-    done = sum(store.done) if store else start
-    with tqdm(total=total, initial=done, unit=f" {unit}", desc="decode", disable=not progress) as bar:
+    done = _finished(output) if output else 0
+    what = "decode" if expected is None else f"decode, about {expected:.3g} s"
+    with tqdm(total=total, initial=done, unit=f" {unit}", desc=what, disable=not progress) as bar:
 
         def report(frames: int) -> None:
             bar.set_postfix_str(f"peak {format_bytes(job.meter.highest)}", refresh=False)

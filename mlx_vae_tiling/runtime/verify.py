@@ -95,7 +95,7 @@ def verify_decode(
 
     plan = planned(tiling, memory_limit)
     job, comparison, seams = job_of(plan), Comparison(*plan.size), seams_of(plan)
-    meter = PeakMeter(job.meter.others)
+    meter = PeakMeter(job.meter.others, job.backend)
     if saved is not None:
         name, ours, theirs = saved.path, _frames(job, meter), saved.pieces
         if saved.count not in (None, plan.frames):

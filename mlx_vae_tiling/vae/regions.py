@@ -71,10 +71,6 @@ class Region(NamedTuple):
         """The same rows and columns of the frames start to stop - 1."""
         return self._replace(time=self.time._replace(start=start, stop=stop))
 
-    def joined(self, other: Region) -> Region:
-        """The smallest region that holds both."""
-        return Region(*(one.joined(two) for one, two in zip(self, other, strict=True)))
-
 
 class Need:
     """Which positions of its input an output depends on, along each axis (0 is time)."""

@@ -98,27 +98,31 @@ class Pace:
         if self.max_chunk_frames is None:
             self.latent_frames *= 2
         else:
-            self.max_chunk_frames = 2 * self.max_chunk_frames if 2 * self.max_chunk_frames < scale else None
+            self.max_chunk_frames *= 2
 
     def halve(self, scale: int) -> None:
         """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
-        if self.latent_frames > 1:
-            self.latent_frames = (self.latent_frames + 1) // 2
-        else:
-            self.max_chunk_frames = max(1, (self.max_chunk_frames or scale) // 2)
+        self.max_chunk_frames = max(1, self.limit(scale) // 2)
+        self.latent_frames = min(self.latent_frames, self.max_chunk_frames)
 
 
 def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
     """What each step has to compute for a region of the last one's output."""
-    wanted: list[Region | None] = [None] * len(steps)
+    axes = (spans_of(steps, axis, span) for axis, span in enumerate(output))
+    return [Region(*spans) for spans in zip(*axes, strict=True)]
+
+
+def spans_of(steps: Sequence[Step], axis: int, output: Span) -> list[Span]:
+    """As `regions_of`, along one axis (0 is time): none depends on another."""
+    wanted: list[Span | None] = [None] * len(steps)
     wanted[-1] = output
     for number in range(len(steps) - 1, 0, -1):
-        region = wanted[number]
-        assert region is not None, f"step {number} is read by no later one"
+        span = wanted[number]
+        assert span is not None, f"step {number} is read by no later one"
         for producer, need in steps[number].reads:
-            before, other = need.before(region), wanted[producer]
+            before, other = need.along(axis, span), wanted[producer]
             wanted[producer] = before if other is None else other.joined(before)
-    return [region for region in wanted if region is not None]
+    return [span for span in wanted if span is not None]
 
 
 def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterator[Event]:
