@@ -38,7 +38,7 @@ def test_frames_then_the_journal_then_its_name_reach_the_disk(tmp_path, events):
     folder = tmp_path / "x.npy.partial"
     folder.mkdir()
     parts = (Part(FRAMES, FRAMES),)
-    journal = Journal(folder, parts, SHAPE, {}, [0], None)
+    journal = Journal(folder, parts, SHAPE, {}, {}, [0], None)
     store = FrameStore(folder, parts, SHAPE, np.dtype(np.uint8), journal)
     events.clear()
     for count in (2, 3):
