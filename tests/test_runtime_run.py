@@ -618,9 +618,7 @@ def test_resume_gives_the_same_frames(decoder, latents, limit, second_limit, tmp
     options = {"memory_limit": LIMITS[second_limit], "resume": True}
     if limit == "streamed" and second_limit == "windows":
         # One window was begun, and its state does not fit; a fresh run would.
-        told = (
-            r"begun with 1 window, .* got 1.55 MB: .* begin again .*overwrite.* with \d windows, which fits"
-        )
+        told = r"begun with 1 window, .* got .* MB: .* begin again .*overwrite.* with \d windows, which fits"
         with pytest.raises(ValueError, match=told):
             decode_to_file(decoder, latents, path, **options)
         assert written(decoder, latents, path, memory_limit=LIMITS[second_limit], overwrite=True)
