@@ -817,7 +817,7 @@ def test_slow_evaluations_halve_the_chunks_and_a_slow_consumer_does_not(
     monkeypatch.setattr(job, "finish", slow_finish)
     paces, plan = (
         record_paces(monkeypatch),
-        plan_decode(decoder, latents.shape, memory_limit=LIMITS["streamed"], backend=METAL),
+        plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, None), backend=METAL),
     )
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.peak_bytes)
     count = 0

@@ -78,6 +78,7 @@ class Job:
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
         spent: What decoding has taken.
+        watch: Called before every step of the decoder; what it raises ends the decode.
     """
 
     decoder: StreamingDecoder
@@ -90,6 +91,7 @@ class Job:
     noise: Noise
     checked: bool = True
     spent: Spent = field(default_factory=Spent)
+    watch: Callable[[], object] | None = None
 
     @classmethod
     def prepare(
@@ -101,6 +103,7 @@ class Job:
         plan: DecodePlan | None,
         checked: bool = True,
         noise: mx.array | None = None,
+        fitting: bool = True,
         **planning: Any,
     ) -> Job:
         """Checks all of it, and plans the decode where there is no plan yet.
@@ -109,6 +112,7 @@ class Job:
             decoder, latents, options, kind, checked: As `Job`.
             plan: For these latents; None to make one.
             noise: In place of that of the options' seed.
+            fitting: Whether the plan has to fit.
             **planning: As `plan_to_run`.
 
         Raises:
@@ -123,7 +127,8 @@ class Job:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
             plan = plan_to_run(decoder, latents.shape, **planning)
         plan.require_match(decoder, latents.shape, options)
-        plan.require_fit()
+        if fitting:
+            plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
         noise_of_video = decoder.noise(latents.shape, options, noise)
         given = [] if noise_of_video.given is None else [noise_of_video.given]
@@ -140,9 +145,13 @@ class Job:
 
     def as_begun(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
         """The job that an earlier run has begun, with its parts and its forms, under this run's limit."""
-        old = self.plan
-        if (parts, arithmetic) == (old.parts, old.backend.arithmetic):
+        if (parts, arithmetic) == (self.plan.parts, self.plan.backend.arithmetic):
             return self
+        return self.planned_anew(parts, arithmetic)
+
+    def planned_anew(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
+        """The same job for these parts, computed in these forms, under this run's limit."""
+        old = self.plan
         plan = plan_decode(
             self.decoder,
             old.latent_shape,
@@ -155,8 +164,8 @@ class Job:
             parts=parts,
         )
         plan.require_fit_of_begun(len(old.parts))
-        backend = plan.backend.opened()
-        return replace(self, plan=plan, backend=backend, meter=PeakMeter(self.meter.others, backend))
+        self.meter.backend = plan.backend.opened()
+        return replace(self, plan=plan, backend=self.meter.backend)
 
     def decode(
         self, part: Part, done: int = 0, report: Callable[[int], object] | None = None
@@ -176,7 +185,7 @@ class Job:
             ArithmeticError: If frames are wrong also the second time.
             RuntimeError: If the device fails also the second time.
         """
-        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames)
+        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames, self.watch)
         origin, stop, _ = part.pixels.time
         failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
         while start < stop:

@@ -38,6 +38,7 @@ class Journal:
             was measured since would change the rounding.
         done: Finished frames of each part; of a single part the unfinished output itself tells.
         replaces: The file that had the output's name when the decode began, by `identity`.
+        first: Frames that are in the output alone, and not in the store.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Journal:
     arithmetic: dict[str, Any]
     done: list[int] | None
     replaces: Identity | None
+    first: int = 0
 
     @classmethod
     def read(cls, folder: Path, plan: DecodePlan, fingerprint: dict[str, str]) -> Journal:
@@ -58,10 +60,11 @@ class Journal:
         place = folder / "journal.json"
         try:
             told = read_told(folder)
-            parts = tuple(_read_part(part) for part in told["parts"])
+            parts = tuple(read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
             arithmetic = dict(told["arithmetic"])
+            first = int(told["first"])
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
@@ -78,7 +81,7 @@ class Journal:
             plan.backend.computing_as(arithmetic)
         except (ValueError, TypeError, OverflowError) as error:
             raise unreadable(folder, error) from error
-        return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces)
+        return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces, first)
 
     def write(self) -> None:
         """Replaces what is there, after the new one has reached the disk."""
@@ -128,7 +131,8 @@ def hash_of(array: mx.array) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _read_part(spans: list[list[list[int]]]) -> Part:
+def read_part(spans: list[list[list[int]]]) -> Part:
+    """A part as JSON has it."""
     pixels, latents = (Region(*(Span(*map(int, span)) for span in box)) for box in spans)
     return Part(pixels, latents)
 

@@ -26,7 +26,7 @@ class DecodePlan:
         inference_steps: Denoising steps of a diffusion decoder.
         backend: What it runs on.
         output: The region of the output that is decoded.
-        parts: What is decoded one after the other, each over all frames.
+        parts: What is decoded one after the other, or by several machines.
         latent_frames_per_step: Latent frames taken in at a time.
         max_chunk_frames: Bound of the frames of a chunk in any layer; None for none.
         tiling: None for exact windows, blended tiles, or how many latents around them windows see.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
 
@@ -12,7 +11,7 @@ from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
 from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
-from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, neediest
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
 from mlx_vae_tiling.runtime.memory import memory_budget
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
@@ -110,28 +109,11 @@ def _plan_exact(
     parts: tuple[Part, ...] | None,
     chunk: tuple[int, int | None] | None,
 ) -> DecodePlan:
-    left, smallest = budget - model.weight_bytes, list(_steps(model))[-1]
-    parts = parts or choose_parts(model, wanted, left, halo, smallest)
-    steps = [chunk] if chunk else list(_steps(model))
-    if neediest(model, parts, steps[-1], left) > left:
+    parts = parts or choose_parts(model, wanted, budget, halo)
+    steps = [chunk] if chunk else list(chunks(model))
+    if not all(fits(model, part, budget, steps[-1]) for part in parts):
         steps = steps[-1:]
     return _plan_chunks(model, wanted, budget, halo, parts, steps)
-
-
-def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
-    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames).
-
-    What halves is the cap: the first layers, whose frames are small and whose kernels are large, keep
-    chunks as large as the last ones'.
-    """
-    _, _, frames, height, width = model.latent_shape
-    scale = model.decoder.config.temporal_scale
-    step, cap = model.backend.useful_chunk(height * width, scale)
-    step = min(step, frames)
-    while cap >= 1:
-        step = min(step, cap)
-        yield step, cap if cap < step * scale else None
-        cap = min(cap, step * scale) // 2
 
 
 def _plan_chunks(

@@ -78,10 +78,12 @@ class Pace:
     Args:
         latent_frames: Latent frames per step.
         max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+        check: Called before every chunk; what it raises ends the stream.
     """
 
     latent_frames: int = 1
     max_chunk_frames: int | None = None
+    check: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_frames", "max_chunk_frames"):
@@ -165,6 +167,8 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
     while made[-1] < times[-1].stop:
         while (stop := ready(number)) <= made[number]:
             number -= 1
+        if pace.check is not None:
+            pace.check()
         yield Compute(number, made[number], stop)
         made[number] = stop
         for producer in sorted({read.producer for read in steps[number].reads}):
