@@ -120,6 +120,22 @@ def test_warnings_are_lines(remote, tmp_path, content, decoder):
     assert status == 0 and same(out.strip(), decoder)
 
 
+@pytest.mark.parametrize("command_of", ["decode", "verify"])
+def test_a_transfer_that_is_interrupted_within_a_decode_says_what_is_kept(command_of, remote, tmp_path):
+    remote.stall_after = 1_000_000
+    arguments = {"decode": ["-o", str(tmp_path / "x.npy")], "verify": ["--tiling", "default"]}[command_of]
+    process = start(remote, tmp_path, command_of, "demo", "--vae", "ltx-2.3", *arguments)
+    deadline = time.monotonic() + 30
+    parts = []
+    while time.monotonic() < deadline and not (parts and parts[0].stat().st_size > 900_000):
+        parts = list(tmp_path.rglob("*.part"))
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert re.fullmatch(r".*\n.*: interrupted; 1.0\d MB are kept, the same command continues\n", err), err
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_transfer_is_continued(how, remote, tmp_path, decoder):
     remote.stall_after = 1_000_000

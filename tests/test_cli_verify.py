@@ -75,7 +75,7 @@ def test_files_of_frames_are_compared_with_the_exact_decode(shot, capsys):
 
 
 BAD = {
-    "nothing to compare": ([], "give a tiling to verify, or frames to compare with"),
+    "nothing to compare": ([], "give --tiling to verify, or --against FRAMES"),
     "kind of tiling": (["--tiling", "x"], "--tiling must be none, default"),
     "no file": (["--against", "none.mp4"], "none.mp4: no such file"),
     "another size": (["--against", "small.npy"], "frames of 64x48 pixels, the decode of 128x96"),

@@ -6,6 +6,8 @@ from `verify` where differences show; 2 after one line that says what is wrong; 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli.decode import resumable
+from mlx_vae_tiling.cli.options import in_options
 from mlx_vae_tiling.cli.parser import new_parser
 from mlx_vae_tiling.cli.printing import NAME, print_error, print_warning
 from mlx_vae_tiling.media.audio import AudioWarning
@@ -39,15 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = new_parser().parse_args(argv)
     try:
         with _warnings_in_one_line():
-            return int(args.run(args))
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted{resumable(args) or ', nothing was kept'}", file=sys.stderr)
+            status = int(args.run(args))
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or resumable(args) or ", nothing was kept"
+        print(f"{NAME}: interrupted{kept}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the result has enough of it, as `head`; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if args.debug:
             raise
         kept = "" if isinstance(error, (ValueError, FileExistsError)) else resumable(args)
-        print_error(f"{_one_line(error)}{kept}")
+        print_error(f"{in_options(_one_line(error))}{kept}")
         return 2
 
 
@@ -73,5 +83,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
+    if "temp_directory_path" in text:  # where MLX compiles for the CPU
+        return f"there is no directory for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
     expected = (ValueError, OSError, ImportError, ArithmeticError)
     return text if isinstance(error, expected) else f"{type(error).__name__}: {text}; --debug says where"

@@ -42,14 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     plan = plan_fetch(found.source, filename=found.filename, revision=args.revision)
     _announce(plan, args.quiet)
-    try:
-        path = plan.path if args.dry_run else plan.run(progress=not args.quiet)
-    except KeyboardInterrupt:
-        kept = plan.extract.kept_bytes if plan.extract else 0
-        print(
-            f"{NAME}: interrupted; {format_bytes(kept)} are kept, the same command continues", file=sys.stderr
-        )
-        return 130
+    path = plan.path if args.dry_run else _transferred(plan, args.quiet)
     print_result(args, path, _fields(plan))
     return 0
 
@@ -61,7 +54,17 @@ def locate_aloud(source: str, quiet: bool = False) -> Located:
         return Located(found)
     plan = plan_fetch(found.source, filename=found.filename)
     _announce(plan, quiet)
-    return Located(plan.run(progress=not quiet), found.version)
+    return Located(_transferred(plan, quiet), found.version)
+
+
+def _transferred(plan: FetchPlan, quiet: bool) -> Path:
+    """Transfers it. The message of an interrupt says what is kept."""
+    try:
+        return plan.run(progress=not quiet)
+    except KeyboardInterrupt as stop:
+        kept = plan.extract.kept_bytes if plan.extract else 0
+        text = f"; {format_bytes(kept)} are kept, the same command continues"
+        raise KeyboardInterrupt(text) from stop
 
 
 def _announce(plan: FetchPlan, quiet: bool) -> None:

@@ -36,6 +36,28 @@ def _slice(text: str) -> slice | None:
     return slice(*(int(bound) if bound else None for bound in match.groups())) if match else None
 
 
+_OPTIONS = {
+    r"\bnum_inference_steps\b": "--steps",
+    r"\bnoise_scale\b": "--noise-scale",
+    r"^(seed|quality|fps|codec)\b": r"--\1",
+    r"\ba (timestep), got": r"a --\1, got",
+    r"\bwindow frames\b": "--frames",
+    r"\bwindow (height|width)\b": r"\1 in --crop",
+    r"\ba non-empty slice inside (\S+) of step 1\b": r"A:B inside \1 and not empty",
+    r"\bslice\((\w+), (\w+), None\)": r"\1:\2",
+    r"\bgive a tiling to verify, or frames to compare with\b": "give --tiling to verify, or --against FRAMES",
+    r"\bthe memory limit\b": "--memory",
+}
+"""What Python's messages call the options of the command."""
+
+
+def in_options(text: str) -> str:
+    """A message of the package in the words of a command line."""
+    for name, option in _OPTIONS.items():
+        text = re.sub(name, option, text)
+    return text
+
+
 def parse_size(option: str, text: str | None) -> tuple[int, int, int] | None:
     """Reads "16x17x30"."""
     match = None if text is None else re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)

@@ -24,6 +24,9 @@ from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
 
+MOST_NAMED = 8
+"""Frames that a message names."""
+
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 
 
@@ -45,7 +48,8 @@ class Failure(NamedTuple):
             return RuntimeError(
                 f"decoding failed twice at frame {start}: {self.error}; {before}. Try a smaller memory limit"
             )
-        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults)
+        names = ", ".join(f"{start + index} is {fault}" for index, fault in self.faults[:MOST_NAMED])
+        names += f" and {more} more" if (more := len(self.faults) - MOST_NAMED) > 0 else ""
         return ArithmeticError(
             f"decoding failed twice: frame {names}; {before}. "
             "Try a smaller memory limit, float32 weights, or another machine"
@@ -118,7 +122,7 @@ class Job:
         decoder.check(latents, options)
         bad = tried_twice(lambda: _not_finite(latents), "looking at the latents") if checked else []
         if bad:
-            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
+            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {_some(bad)}")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
             plan = plan_to_run(decoder, latents.shape, **planning)
@@ -159,7 +163,7 @@ class Job:
             num_inference_steps=old.inference_steps,
             parts=parts,
         )
-        plan.require_fit()
+        plan.require_fit_of_begun(len(old.parts))
         self.meter.backend = plan.backend.opened()
         return replace(self, plan=plan, backend=self.meter.backend)
 
@@ -259,6 +263,11 @@ class Job:
         elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
             pace.double(scale)
         return False
+
+
+def _some(frames: list[int]) -> str:
+    more = len(frames) - MOST_NAMED
+    return f"{frames[:MOST_NAMED]} and {more} more" if more > 0 else str(frames)
 
 
 def _not_finite(latents: mx.array) -> list[int]:

@@ -68,7 +68,7 @@ class Journal:
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise unreadable(folder, error) from error
         changed = sorted(name for name in fingerprint | begun if begun.get(name) != fingerprint.get(name))
         if changed or shape != (plan.frames, *plan.size, 3):
@@ -84,7 +84,7 @@ class Journal:
         return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces, first)
 
     def write(self) -> None:
-        """Replaces what is there."""
+        """Replaces what is there, after the new one has reached the disk."""
         told = {name: value for name, value in vars(self).items() if name != "folder"}
         write_told(self.folder, told)
 
@@ -137,6 +137,14 @@ def read_part(spans: list[list[list[int]]]) -> Part:
     return Part(pixels, latents)
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        text = "a file, or a link that leads nowhere, is where a decode keeps its journal: remove it"
+        raise FileExistsError(errno.EEXIST, text, str(folder)) from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder for this process alone; the system lets go of it when the process ends.
@@ -152,7 +160,7 @@ def locked(folder: Path) -> Iterator[None]:
         text = "no such directory to write in, create it first"
         raise FileNotFoundError(errno.ENOENT, text, str(folder.parent))
     while True:
-        folder.mkdir(exist_ok=True)
+        _make(folder)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:

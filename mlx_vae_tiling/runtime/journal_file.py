@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from mlx_vae_tiling.media.places import replace_durably
+
 NAME, FRESH_NAME = "journal.json", "journal.json.new"
 
 _MOST_BYTES = 2**22
@@ -16,10 +18,10 @@ _MOST_BYTES = 2**22
 
 
 def write_told(folder: Path, told: dict[str, Any]) -> None:
-    """Replaces the journal of a folder by what is told in types that JSON has."""
+    """Replaces the journal of a folder by what is told, in types that JSON has, once it is on the disk."""
     fresh = folder / FRESH_NAME
     fresh.write_text(json.dumps({**told, "sum": _sum(told)}, indent=1))
-    os.replace(fresh, folder / NAME)
+    replace_durably(os.fspath(fresh), os.fspath(folder / NAME))
 
 
 def read_told(folder: Path) -> dict[str, Any]:

@@ -229,5 +229,5 @@ def finished_share(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
             return None
         named = partial_path(os.fspath(path))  # as the caller spells it, where that is a file
         return Path(named if os.path.isfile(named) else kept[0]), kept[1] / frames
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
         return None

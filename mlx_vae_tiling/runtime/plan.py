@@ -98,6 +98,16 @@ class DecodePlan:
                 f"{format_bytes(self.peak_bytes)}, in {in_words(len(self.parts))}: raise the memory limit"
             )
 
+    def require_fit_of_begun(self, fitting: int) -> None:
+        """The same for a decode that was begun with these windows, where a fresh one in so many fits."""
+        if not self.fits:
+            needed, given = format_bytes(self.peak_bytes), format_bytes(self.memory_limit)
+            raise ValueError(
+                f"the decode was begun with {in_words(len(self.parts))}, which need {needed}, got {given}: "
+                "raise the memory limit, or begin again (overwrite=True, --overwrite) with "
+                f"{in_words(fitting)}, which fits"
+            )
+
     def require_match(
         self, decoder: StreamingDecoder, latent_shape: tuple[int, ...], options: DecodeOptions
     ) -> None:
@@ -122,7 +132,8 @@ class DecodePlan:
         if isinstance(self.tiling, TilingConfig):
             kind = "blended tiles"
         elif not all(part.exact for part in self.parts):
-            kind = f"approximate: windows see {self.tiling} latents around them"
+            seen = "1 latent" if self.tiling == 1 else f"{self.tiling} latents"
+            kind = f"approximate: windows see {seen} around them"
         rows = {
             "output": f"{self.frames} frames of {width}x{height}, from latents {self.latent_shape}",
             "method": f"{kind}, {in_words(len(self.parts))}",

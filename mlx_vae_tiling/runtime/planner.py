@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 
 import mlx.core as mx
 
@@ -19,7 +20,7 @@ from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import AnyConfig
-from mlx_vae_tiling.vae.regions import Region, Span, Window
+from mlx_vae_tiling.vae.regions import Region, Span, Window, as_window
 
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
@@ -75,17 +76,18 @@ def plan_decode(
     options = decoder.options(causal=causal, num_inference_steps=num_inference_steps)
     model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), options)
     budget = memory_budget(memory_limit)
-    wanted = (window or Window()).region(*decoder.output_shape(latent_shape)[2:])
+    wanted = as_window(window).region(*decoder.output_shape(latent_shape)[2:])
     if isinstance(tiling, TilingConfig):
         if window is not None:
             raise ValueError(
-                f"blended tiles decode all of the output, got the window {window}; crop its frames"
+                "blended tiles decode all of the output; crop its frames, without a window (--frames, --crop)"
             )
         # Tiles are blended in float32.
         model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
-    if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
+    if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
+    halo = None if tiling is None else int(tiling)
     backends = [model.backend]
     if not isinstance(backend, Backend):
         everything = Window().region(*decoder.output_shape(latent_shape)[2:])
@@ -94,7 +96,7 @@ def plan_decode(
 
     def planned(backend: Backend) -> DecodePlan:
         model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
-        return _plan_exact(model, wanted, budget, tiling, parts, chunk)
+        return _plan_exact(model, wanted, budget, halo, parts, chunk)
 
     return fewest_windows(planned, backends)
 

@@ -30,6 +30,8 @@ def new_job(
     """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     if bits not in KINDS:
         raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
+    if not isinstance(decoder, StreamingDecoder):
+        raise TypeError(f"the decoder must be one, got a {type(decoder).__name__}; load_decoder loads it")
     if plan is not None:
         for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
             options[name] = planned if options.get(name) is None else options[name]

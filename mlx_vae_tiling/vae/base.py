@@ -26,6 +26,7 @@ class StreamingDecoder(SteppedDecoder):
         causal: bool | None = None,
         timestep: Timestep | None = None,
         debug: bool = False,
+        chunked_conv: bool = False,
     ) -> mx.array:
         """Decodes normalised latents as a whole.
 
@@ -33,7 +34,7 @@ class StreamingDecoder(SteppedDecoder):
             latents: (B, C, F, H, W), normalised per channel.
             causal: Overrides the config's.
             timestep: Overrides `decode_timestep`: a number, or an array of shape () or (B,).
-            debug: Accepted for compatibility; nothing depends on it.
+            debug, chunked_conv: Accepted, as mlx-video's decoders do; nothing depends on them.
 
         Returns:
             (B, 3, 8(F-1)+1, 32H, 32W) in the latents' dtype, nominally in [-1, 1], unclamped.

@@ -7,6 +7,7 @@ video there are no positions, and whoever computes there pads, shifts or replica
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 Slice = slice
@@ -169,11 +170,29 @@ class Window:
         )
 
 
+def as_window(window: Window | None) -> Window:
+    """The window; all of the output if there is none.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if window is None or isinstance(window, Window):
+        return window or Window()
+    raise TypeError(
+        f"window must be a Window or None, got a {type(window).__name__}; Window(frames=slice(0, 9))"
+    )
+
+
 def _resolve(name: str, wanted: slice | None, size: int) -> Span:
     if wanted is None:
         return Span(0, size, size)
-    start = 0 if wanted.start is None else wanted.start
-    stop = size if wanted.stop is None else wanted.stop
+    if not isinstance(wanted, slice):
+        raise TypeError(f"window {name} must be a slice or None, got {wanted!r}")
+    try:
+        start = 0 if wanted.start is None else index(wanted.start)
+        stop = size if wanted.stop is None else index(wanted.stop)
+    except TypeError as error:
+        raise TypeError(f"window {name} must be a slice of integers, got {wanted}") from error
     if wanted.step not in (None, 1) or not 0 <= start < stop <= size:
         raise ValueError(f"window {name} must be a non-empty slice inside 0:{size} of step 1, got {wanted}")
     return Span(start, stop, size)

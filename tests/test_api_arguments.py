@@ -1,0 +1,82 @@
+"""Arguments of the Python API that are nearly right: they work, or are one clear error."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from vae_cases import random_latents, small_decoder
+
+from mlx_vae_tiling import Window, decode_frames, plan_decode, verify_decode
+from mlx_vae_tiling.vae.options import DecodeOptions
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return small_decoder("ltx-2.3")
+
+
+@pytest.fixture(scope="module")
+def latents(decoder):
+    return random_latents(decoder, 1, 2, 2, 2)
+
+
+def frames(decoder, latents, **options):
+    return np.concatenate(list(decode_frames(decoder, latents, memory_limit="1GB", **options)))
+
+
+def test_integers_of_numpy_are_integers(decoder, latents):
+    three = np.int64(3)
+    window = Window(slice(np.int32(0), three), slice(np.uint8(0), np.int64(40)))
+    cut = frames(decoder, latents, window=window, seed=three)
+    assert np.array_equal(cut, frames(decoder, latents, window=Window(slice(0, 3), slice(0, 40)), seed=3))
+    halo = plan_decode(decoder, latents.shape, tiling=np.int64(2), memory_limit="1GB")
+    assert halo == plan_decode(decoder, latents.shape, tiling=2, memory_limit="1GB")
+    options = DecodeOptions(False, (), 0.0, three, True)
+    assert repr(options) == repr(DecodeOptions(False, (), 0.0, 3, True))  # which a resumed decode compares
+
+
+WRONG = {
+    "window of a tuple": ({"window": (0, 3)}, TypeError, "window must be a Window or None, got a tuple"),
+    "float in a window": ({"window": Window(slice(0.0, 3.0))}, TypeError, "a slice of integers, got slice"),
+    "window of an integer": ({"window": Window(3)}, TypeError, "frames must be a slice or None, got 3"),
+    "float as halo": ({"tiling": 1.5}, ValueError, "from 0 on, got 1.5"),
+    "text as halo": ({"tiling": "auto"}, ValueError, "from 0 on, got auto"),
+    "bool as halo": ({"tiling": True}, ValueError, "from 0 on, got True"),
+    "float as seed": ({"seed": 1.0}, ValueError, "seed must be an integer"),
+    "bool as seed": ({"seed": True}, ValueError, "seed must be an integer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_one_clear_error(decoder, latents, name):
+    options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        frames(decoder, latents, **options)
+
+
+@pytest.mark.parametrize("call", [plan_decode, decode_frames, verify_decode])
+@pytest.mark.parametrize("given", ["demo", None, 3])
+def test_what_is_no_decoder_is_refused(latents, call, given):
+    second = latents.shape if call is plan_decode else latents
+    options = {"tiling": 1} if call is verify_decode else {}
+    with pytest.raises(TypeError, match=r"decoder .*got a (str|NoneType|int); load_decoder loads"):
+        call(given, second, **options)
+
+
+def test_a_decoder_takes_what_the_tiling_of_mlx_video_passes(decoder, latents):
+    whole = decoder(latents)
+    assert mx.array_equal(
+        decoder(latents, causal=False, timestep=None, debug=False, chunked_conv=True), whole
+    )
+
+
+def test_a_tiny_decoder_has_no_steps():
+    tiny = small_tiny()
+    with pytest.raises(ValueError, match="num_inference_steps is for diffusion decoders, got 4"):
+        tiny.options(num_inference_steps=4)
+    assert tiny.options(num_inference_steps=1) == tiny.options()
+
+
+def small_tiny():
+    from mlx_vae_tiling import TinyDecoder, TinyDecoderConfig
+
+    return TinyDecoder(TinyDecoderConfig((16, 16, 8, 8)))

@@ -1,0 +1,53 @@
+"""The journal counts only frames that are on the disk, and is on the disk itself before it counts."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.journal import Journal
+from mlx_vae_tiling.runtime.store import FrameStore
+from mlx_vae_tiling.vae.regions import Region, Span
+
+FRAMES = Region(Span(0, 6, 6), Span(0, 4, 4), Span(0, 5, 5))
+SHAPE = (6, 4, 5, 3)
+
+
+@pytest.fixture
+def events(tmp_path, monkeypatch):
+    """What reaches the disk, in order: the name of each file that is flushed or renamed."""
+    found = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(file):
+        places = [tmp_path, *tmp_path.rglob("*")]
+        found.extend(("flush", p.name) for p in places if os.path.samestat(p.stat(), os.fstat(file)))
+        fsync(file)
+
+    def renamed(source, target):
+        found.append(("rename", os.path.basename(source), os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return found
+
+
+def test_frames_then_the_journal_then_its_name_reach_the_disk(tmp_path, events):
+    folder = tmp_path / "x.npy.partial"
+    folder.mkdir()
+    parts = (Part(FRAMES, FRAMES),)
+    journal = Journal(folder, parts, SHAPE, {}, {}, [0], None)
+    store = FrameStore(folder, parts, SHAPE, np.dtype(np.uint8), journal)
+    events.clear()
+    for count in (2, 3):
+        store.append(0, np.zeros((count, 4, 5, 3), np.uint8))
+    store.close()
+    once = [
+        ("flush", "frames"),
+        ("flush", "journal.json.new"),
+        ("rename", "journal.json.new", "journal.json"),
+        ("flush", "x.npy.partial"),
+    ]
+    assert events == 2 * once
