@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import Job
@@ -166,6 +167,8 @@ def decode_to_file(
         ValueError, ArithmeticError: As `decode_frames`.
     """
     began = time.perf_counter()
+    for name, value in (("resume", resume), ("overwrite", overwrite), ("progress", progress)):
+        require(name, value, "True or False", bool)
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
@@ -211,6 +214,8 @@ def _job(
     planning: dict[str, Any],
     noise: mx.array | None,
 ) -> Job:
+    require("plan", plan, "a DecodePlan or None", DecodePlan, None)
+    require("bits", bits, "8 or 16", int)
     if plan is not None and options["causal"] is None:
         options["causal"] = plan.causal
     if plan is not None and options["num_inference_steps"] is None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import FLOAT_TYPES
 
 PRECISIONS = {kind.short_name: kind.mlx for kind in FLOAT_TYPES}
@@ -92,6 +93,7 @@ def precision_of(args: Any) -> mx.Dtype | None:
     """
     config = option(args, "pipeline_config", DecodingArgs)
     name = option(config, "vae_precision", PipelineConfig)
+    require("vae_precision", name, "text or None", str, None)
     if name is not None and name not in PRECISIONS:
-        raise ValueError(f"vae_precision must be one of {', '.join(PRECISIONS)} or None, got {name!r}")
+        raise ValueError(f"vae_precision must be one of {', '.join(PRECISIONS)} or None, got {told(name)}")
     return None if name is None else PRECISIONS[name]
