@@ -8,6 +8,8 @@ from mlx_vae_tiling.runtime.memory import memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.runtime.run import DecodeReport, decode_frames, decode_to_file
+from mlx_vae_tiling.runtime.verification import Verification
+from mlx_vae_tiling.runtime.verify import verify_decode
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
 from mlx_vae_tiling.stage.decoding import DecodingStage
 from mlx_vae_tiling.stage.verification import VerificationResult
@@ -50,6 +52,7 @@ __all__ = [
     "TilingConfig",
     "TinyDecoder",
     "TinyDecoderConfig",
+    "Verification",
     "VerificationResult",
     "VideoDecoder",
     "Window",
@@ -68,4 +71,5 @@ __all__ = [
     "plan_decode",
     "split_in_spatial",
     "split_in_temporal",
+    "verify_decode",
 ]

@@ -301,7 +301,6 @@ PLACES = [
     *places(
         "stage/decoding.py",
         "stage_decoding",
-        ("    if shift is not None:\n", "    if False:\n"),
         ('modules.pop("vae", None)', "pass"),
         ('loaded["vae"] = True', "pass"),
         ("kind = ValueError if isinstance(error, ValueError) else RuntimeError", "kind = RuntimeError"),

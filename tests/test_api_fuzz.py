@@ -87,7 +87,7 @@ def latents():
 
 def decode_frames(folder, **arguments):
     frames = np.concatenate(list(mvt.decode_frames(DECODER, arguments.pop("latents"), **arguments)))
-    assert frames.ndim == 4 and frames.dtype in (np.uint8, np.uint16)
+    assert frames.ndim == 4 and frames.dtype in (np.uint8, np.uint16, np.float32)
     return frames
 
 

@@ -80,9 +80,12 @@ def frames_of(*args, **options):
 def assert_rounded(frames, video, bits=8):
     """Equal to NumPy's float64 rounding, or off by one where that was a tie to float32's precision."""
     x = np.array(video[0].astype(mx.float32), np.float64).transpose(1, 2, 3, 0)
-    exact = np.clip(x / 2 + 0.5, 0, 1) * (2**bits - 1)
-    assert frames.dtype == (np.uint8 if bits == 8 else np.uint16)
+    exact = np.clip(x / 2 + 0.5, 0, 1) * (2**bits - 1 if bits < 32 else 1)
+    assert frames.dtype == {8: np.uint8, 16: np.uint16, 32: np.float32}[bits]
     assert frames.shape == exact.shape
+    if bits == 32:
+        assert np.abs(frames - exact).max() < 1e-6
+        return
     tie = np.abs(exact % 1 - 0.5) < 2**bits * 1e-6
     wrong = frames != np.round(exact)
     assert not (wrong & ~tie).any()
@@ -90,7 +93,7 @@ def assert_rounded(frames, video, bits=8):
     assert tie.mean() < 0.2
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("limit", LIMITS)
 def test_frames_are_those_of_the_whole_decode(decoder, latents, limit, bits):
     plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS[limit])
@@ -150,7 +153,7 @@ def test_progress_only_when_asked(decoder, latents, capfd):
     ("options", "message"),
     [
         ({"memory_limit": 1000}, r"no plan fits in 1.00 KB; the smallest needs .* windows: raise"),
-        ({"bits": 10}, "bits must be 8 or 16"),
+        ({"bits": 10}, "bits must be 8, 16 or 32, got 10"),
         ({"window": Window(slice(0, 99))}, "window frames"),
         ({"noise_scale": 2.0}, "noise_scale"),
     ],
@@ -546,7 +549,7 @@ def test_the_sound_of_a_window(decoder, latents, tmp_path):
 
 
 def test_a_path_that_cannot_be_written_is_found_before_decoding(decoder, latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_with_progress", None)
+    monkeypatch.setattr(run, "frames_of", None)
     (tmp_path / "file").touch()
     for path in (tmp_path / "nowhere" / "out.npy", tmp_path / "file" / "out.npy"):
         with pytest.raises(OSError, match="no such directory"):

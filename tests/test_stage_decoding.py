@@ -477,3 +477,118 @@ def test_defaults_are_not_shared():
     for _ in range(2):
         stage.forward(DecodeBatch(latents=mx.zeros((1, 128, 1, 1, 1))), args)
     assert DecodingArgs().model_loaded == {} and stage.vae is None
+
+
+class Config(SimpleNamespace):
+    """The config of FastVideo's VAEs, with statistics or None in their place."""
+
+
+def statistics(channels=4):
+    return {
+        "latents_mean": np.linspace(-1, 1, channels).tolist(),
+        "latents_std": np.linspace(0.5, 2, channels).tolist(),
+    }
+
+
+def denormalized_by_hand(latents, latents_mean, latents_std):
+    shape = (1, -1, 1, 1, 1)
+    return np.array(latents, np.float64) * np.reshape(latents_std, shape) + np.reshape(latents_mean, shape)
+
+
+@pytest.mark.parametrize("tiling", [True, False])
+def test_statistics_of_the_config_come_before_factors(tiling):
+    vae = Enlarging()
+    vae.config, vae.scaling_factor, vae.shift_factor = Config(**statistics()), 7.0, 3.0
+    latents = mx.random.normal((2, 4, 2, 3, 4))
+    DecodingStage(vae).decode(latents, arguments(vae_tiling=tiling))
+    expected = denormalized_by_hand(latents, **statistics())
+    np.testing.assert_allclose(np.array(vae.seen), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["latents_mean", "latents_std"])
+def test_half_of_the_statistics_are_none(missing):
+    vae = Enlarging()
+    vae.config, vae.scaling_factor = Config(**{**statistics(), missing: None}), 2.0
+    latents = mx.random.normal((1, 4, 1, 2, 2))
+    DecodingStage(vae).decode(latents, DecodingArgs())
+    np.testing.assert_allclose(np.array(vae.seen), np.array(latents, np.float64) / 2, rtol=1e-6)
+
+
+def test_a_vae_that_denormalizes_gets_the_latents_as_they_are():
+    vae = Enlarging()
+    vae.config, vae.scaling_factor, vae.shift_factor = Config(**statistics()), 7.0, 3.0
+    vae.handles_latent_denorm = True
+    latents = mx.random.normal((1, 4, 1, 2, 2))
+    DecodingStage(vae).decode(latents, DecodingArgs())
+    assert mx.array_equal(vae.seen, latents)
+
+
+def test_statistics_of_another_number_of_channels_are_refused():
+    vae = Enlarging()
+    vae.config = Config(**statistics(3))
+    with pytest.raises(ValueError, match=r"vae.config.latents_std .*one per channel \(4\), got 3"):
+        DecodingStage(vae).decode(mx.zeros((1, 4, 1, 2, 2)), DecodingArgs())
+
+
+@pytest.mark.parametrize(
+    ("decode_precision", "precision", "expected"),
+    [("bf16", "fp32", mx.bfloat16), (None, "fp16", mx.float16), ("fp32", None, mx.float32)],
+)
+def test_the_precision_of_decoding_overrides_the_other(decode_precision, precision, expected):
+    vae, config = Enlarging(), SimpleNamespace(vae_precision=precision, vae_decode_precision=decode_precision)
+    for given in (config, PipelineConfig(precision, vae_decode_precision=decode_precision)):
+        DecodingStage(vae).decode(mx.zeros((1, 3, 1, 2, 2), mx.float16), DecodingArgs(pipeline_config=given))
+        assert vae.seen.dtype == expected
+
+
+def test_a_wrong_precision_of_decoding_is_named():
+    config = PipelineConfig("fp32", vae_decode_precision="fp8")
+    with pytest.raises(ValueError, match=r"vae_decode_precision must be one of .*'fp8'"):
+        DecodingStage(Enlarging()).decode(mx.zeros((1, 3, 1, 2, 2)), DecodingArgs(pipeline_config=config))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_the_first_of_what_a_vae_returns_is_the_frames(kind):
+    latents = mx.random.normal((1, 4, 1, 2, 2))
+    video = DecodingStage(lambda z: kind([Enlarging().decode(z), "more"])).decode(latents, DecodingArgs())
+    assert_video(video, unit_range(Enlarging().decode(latents)), 1e-6)
+    with pytest.raises(ValueError, match="must return an array"):
+        DecodingStage(lambda z: kind()).decode(latents, DecodingArgs())
+
+
+@pytest.mark.parametrize(
+    "given", [mx.ones((1, 4, 1, 2, 2), mx.bfloat16), np.ones((1, 4, 1, 2, 2), np.float16)]
+)
+def test_latents_pass_through_in_float32(given):
+    batch = DecodeBatch(latents=given)
+    output = DecodingStage(None)(batch, DecodingArgs(output_type="latent")).output
+    assert type(output) is type(given) and output.dtype in (mx.float32, np.float32)
+    assert np.array_equal(np.array(output), np.ones((1, 4, 1, 2, 2)))
+
+
+@pytest.mark.parametrize("paths", [{}, {"vae": "demo"}], ids=["no path", "a path"])
+def test_offloading_keeps_a_vae_that_was_handed_in(paths):
+    vae, pipeline = Enlarging(), Pipeline()
+    pipeline.add_module("vae", vae)
+    stage = DecodingStage(vae, pipeline)
+    args = DecodingArgs(vae_cpu_offload=True, model_paths=paths)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="vae_cpu_offload keeps the VAE"):
+            batch = stage(DecodeBatch(latents=mx.zeros((1, 3, 1, 2, 2))), args)
+        assert batch.output.shape == (1, 3, 1, 8, 8)
+        assert stage.vae is vae and pipeline.modules == {"vae": vae} and args.model_loaded.get("vae", True)
+
+
+def test_offloading_keeps_a_vae_whose_path_is_gone():
+    args = fastvideo_arguments(vae_cpu_offload=True)
+    stage, batch = DecodingStage(None), DecodeBatch(latents=mx.zeros((1, 128, 1, 1, 1)))
+    stage._load(args)
+    args.model_paths = {}
+    with pytest.warns(UserWarning, match="could not load it again"):
+        stage(batch, args)
+    assert stage.vae is not None and args.model_loaded["vae"] is True
+
+
+def test_results_are_a_dictionary_too():
+    result = VerificationResult().add_check("latents", None, array_of_rank(5)).add_check("fps", 3, bool)
+    assert result.to_dict() == {"latents": False, "fps": True}

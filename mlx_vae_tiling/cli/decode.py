@@ -6,11 +6,10 @@ import argparse
 import sys
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
 from mlx_vae_tiling.cli.fetch import locate_aloud
-from mlx_vae_tiling.cli.options import parse_config
-from mlx_vae_tiling.cli.plan import add_planning, plan_for, read_given_latents
-from mlx_vae_tiling.cli.printing import print_result, print_warning, report_fields
-from mlx_vae_tiling.media.latents import looks_denormalized
+from mlx_vae_tiling.cli.plan import add_planning, plan_for
+from mlx_vae_tiling.cli.printing import print_result, report_fields
 from mlx_vae_tiling.media.places import same_file
 from mlx_vae_tiling.runtime.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
@@ -41,24 +40,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--fps", help="frames per second, also as 24000/1001; default: what LATENTS says, or 24")
     add("--codec", help="h264 (.mp4), hevc, or prores (.mov)")
     add("--quality", type=float, help="of h264 and hevc: 1, best, to 51; default 18")
-    add("--timestep", type=float, help="of versions with timestep conditioning; default 0.05")
-    add("--noise-scale", type=float, help="noise in the latents of those versions, 0 to 1; default 0.025")
-    add("--seed", type=int, default=0, help="of that noise, and of a diffusion decoder's; default 0")
-    add(
-        "--steps", type=int, metavar="N", help="denoising steps of a diffusion decoder; default: its config's"
-    )
     add(
         "--preview",
         metavar="SOURCE",
         help="a tiny decoder (TAEHV) to decode with in place of --vae, far faster and blurrier",
     )
-    add(
-        "--denormalized", action="store_true", help="LATENTS were denormalized, as by diffusers' LTX2Pipeline"
-    )
     add("--resume", action="store_true", help="continue a decode that ended early")
     add("--overwrite", action="store_true", help="replace OUT, if there is one, once the new one is complete")
     add("--audio", metavar="FILE", help="the clip's sound, for .mp4 and .mov; cut and shifted for --frames")
     add("-q", "--quiet", action="store_true", help="no plan and no progress on stderr")
+    add_decoding(command)
     add_planning(command, required=False)
 
 
@@ -67,14 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if same_file(args.latents, args.output):
         raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
-    saved = read_given_latents(args, decoder.config)
-    statistics = getattr(decoder, "per_channel_statistics", None)
-    if (
-        statistics is not None
-        and not args.denormalized
-        and looks_denormalized(saved.latents, statistics.mean, statistics.std)
-    ):
-        print_warning("the latents look denormalized; if the video comes out wrong, pass --denormalized")
+    saved = latents_for(args, decoder)
     plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
     if not args.quiet:
         print(plan, file=sys.stderr)
@@ -90,12 +74,8 @@ def run(args: argparse.Namespace) -> int:
         codec=args.codec,
         quality=args.quality,
         plan=plan,
-        timestep=args.timestep,
-        noise_scale=args.noise_scale,
-        seed=args.seed,
-        normalized=not args.denormalized,
-        num_inference_steps=args.steps,
         progress=not args.quiet,
+        **decoding_options(args),
     )
     print_result(args, report, report_fields(report))
     return 0
@@ -105,8 +85,7 @@ def _decoder(args: argparse.Namespace) -> StreamingDecoder:
     if args.preview is None:
         if args.vae is None:
             raise ValueError("a decode needs --vae SOURCE, or --preview SOURCE for a tiny decoder")
-        source = locate_aloud(args.vae, args.quiet)
-        return load_decoder(source, dtype=args.dtype, config=parse_config(args.config))
+        return given_decoder(args)
     decoder = load_decoder(locate_aloud(args.preview, args.quiet), dtype=args.dtype)
     if not isinstance(decoder, TinyDecoder):
         raise ValueError(

@@ -1,7 +1,7 @@
 """`main`: one command, its exit status, and one line for whatever goes wrong.
 
-Results go to stdout, progress and warnings to stderr. Exit status: 0; 1 from `plan` where nothing fits; 2
-after one line that says what is wrong; 130 after Ctrl-C.
+Results go to stdout, progress and warnings to stderr. Exit status: 0; 1 from `plan` where nothing fits and
+from `verify` where differences show; 2 after one line that says what is wrong; 130 after Ctrl-C.
 """
 
 from __future__ import annotations

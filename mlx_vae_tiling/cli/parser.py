@@ -6,11 +6,18 @@ import argparse
 from typing import NoReturn
 
 from mlx_vae_tiling import __version__
-from mlx_vae_tiling.cli import bench, decode, fetch, info, plan
+from mlx_vae_tiling.cli import bench, decode, fetch, info, plan, verify
 from mlx_vae_tiling.cli.printing import NAME
 from mlx_vae_tiling.vae.published import NAMES
 
-COMMANDS = {"decode": decode, "plan": plan, "info": info, "fetch": fetch, "bench": bench}
+COMMANDS = {
+    "decode": decode,
+    "plan": plan,
+    "info": info,
+    "fetch": fetch,
+    "bench": bench,
+    "verify": verify,
+}
 
 
 class Parser(argparse.ArgumentParser):

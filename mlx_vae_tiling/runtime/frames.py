@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 Frames = np.ndarray[Any, np.dtype[Any]]
-KINDS = ("uint8", "uint16", "unit")
-"""RGB frames (f, H, W, 3) of 8 or 16 bits, or (B, 3, f, H, W) float32 in [0, 1]."""
+KINDS = {8: "uint8", 16: "uint16", 32: "float32"}
+"""RGB frames (f, H, W, 3) by their bits, of 32 in [0, 1]. Beside them "unit": (B, 3, f, H, W) float32."""
 
 CONSTANT_FRAME_PIXELS = 32 * 32
 """Larger frames of one single value are taken for a failed computation."""
@@ -20,7 +20,7 @@ def finish(piece: mx.array, kind: str) -> tuple[Frames, list[tuple[int, str]]]:
 
     Args:
         piece: (B, 3, f, H, W), nominally in [-1, 1]; B is 1 for RGB frames.
-        kind: What to make of it: one of `KINDS`.
+        kind: What to make of it: one of `KINDS`, or "unit".
 
     Returns:
         The frames, x/2 + 1/2 clamped to [0, 1], rounded to integers if these are asked for; and for each
@@ -34,9 +34,11 @@ def finish(piece: mx.array, kind: str) -> tuple[Frames, list[tuple[int, str]]]:
         varied = mx.all(mx.max(x, axis=(1, 2, 3)) > mx.min(x, axis=(1, 2, 3)))
         mx.eval(finite, varied)
         frame = mx.clip(x / 2 + 0.5, 0, 1)
-        if kind != "unit":
+        if kind in ("uint8", "uint16"):
             most, dtype = (255, mx.uint8) if kind == "uint8" else (65535, mx.uint16)
-            frame = mx.round(frame * most).astype(dtype)[0].transpose(1, 2, 0)
+            frame = mx.round(frame * most).astype(dtype)
+        if kind != "unit":
+            frame = frame[0].transpose(1, 2, 0)
         mx.eval(frame)
         finished.append(np.array(frame))
         if not finite.item():

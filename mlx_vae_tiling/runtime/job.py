@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.frames import KINDS, Frames, finish
+from mlx_vae_tiling.runtime.frames import Frames, finish
 from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
@@ -63,7 +63,7 @@ class Job:
         latents: (B, C, F, H, W), finite.
         plan: For them; it fits.
         options: Of the decode.
-        kind: Of the frames that are wanted: one of `KINDS`.
+        kind: Of the frames that are wanted: one of `frames.KINDS`, or "unit".
         meter: Of MLX's memory.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
@@ -101,8 +101,6 @@ class Job:
         Raises:
             ValueError: If something does not fit something else.
         """
-        if kind not in KINDS:
-            raise ValueError(f"bits must be 8 or 16, got {kind.removeprefix('uint')}")
         decoder.check(latents, options)
         bad = [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
         if checked and bad:

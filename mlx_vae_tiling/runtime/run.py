@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.media.video import frame_rate
-from mlx_vae_tiling.runtime.frames import Frames
+from mlx_vae_tiling.runtime.frames import KINDS, Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
@@ -94,11 +94,11 @@ def decode_frames(
             value of causal, which is then the default.
         noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
         num_inference_steps: Of a diffusion decoder; None for its config's.
-        bits: 8 for uint8, 16 for uint16 frames.
+        bits: 8 for uint8, 16 for uint16 frames, 32 for float32 in [0, 1].
         progress: Shows a progress bar on stderr.
 
     Returns:
-        An iterator of uint8 (or uint16) arrays (f, H, W, 3).
+        An iterator of uint8 (or uint16, float32) arrays (f, H, W, 3).
 
     Raises:
         ValueError: If latents or options do not fit the decoder, or nothing fits the budget.
@@ -107,8 +107,8 @@ def decode_frames(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
-    return _with_progress(job, None, progress)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise)
+    return frames_of(job, None, progress)
 
 
 def decode_to_file(
@@ -173,7 +173,7 @@ def decode_to_file(
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
     planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = _job(decoder, latents, bits, plan, options, planning, noise)
+    job = new_job(decoder, latents, bits, plan, options, planning, noise)
     settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
     if noise is not None:
         settings["noise"] = hash_of(noise).hex()
@@ -185,7 +185,7 @@ def decode_to_file(
         if output.writer is not None:
             if output.journal.parts != job.plan.parts:
                 job = job.planned_anew(output.journal.parts)
-            with contextlib.closing(_with_progress(job, output, progress)) as frames:
+            with contextlib.closing(frames_of(job, output, progress)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
     seconds = time.perf_counter() - began
@@ -205,7 +205,7 @@ def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | 
     }
 
 
-def _job(
+def new_job(
     decoder: StreamingDecoder,
     latents: mx.array,
     bits: int,
@@ -214,14 +214,16 @@ def _job(
     planning: dict[str, Any],
     noise: mx.array | None,
 ) -> Job:
+    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     require("plan", plan, "a DecodePlan or None", DecodePlan, None)
-    require("bits", bits, "8 or 16", int)
-    if plan is not None and options["causal"] is None:
-        options["causal"] = plan.causal
-    if plan is not None and options["num_inference_steps"] is None:
-        options["num_inference_steps"] = plan.inference_steps
+    require("bits", bits, "8, 16 or 32", int)
+    if bits not in KINDS:
+        raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
+    if plan is not None:
+        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
+            options[name] = planned if options.get(name) is None else options[name]
     job = Job.prepare(
-        decoder, latents, decoder.options(**options), f"uint{bits}", plan, noise=noise, **planning
+        decoder, latents, decoder.options(**options), KINDS[bits], plan, noise=noise, **planning
     )
     if len(latents) != 1:
         raise ValueError(
@@ -230,8 +232,11 @@ def _job(
     return job
 
 
-def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Generator[Frames]:
-    """Several windows count each frame of each."""
+def frames_of(job: Job, output: DecodeOutput | None = None, progress: bool = False) -> Generator[Frames]:
+    """Frames of a job in order, those that an output keeps left out; several windows are put together.
+
+    Progress counts each frame of each window.
+    """
     from tqdm import tqdm
 
     parts = len(job.plan.parts)
@@ -260,15 +265,16 @@ def _with_progress(job: Job, output: DecodeOutput | None, progress: bool) -> Gen
 def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
     """Finished frames of several windows from frame `start` on, those of the store first."""
     for index, part in enumerate(job.plan.parts):
-        yield from _read(store, start, min(store.done))
+        yield from read_store(store, start, min(store.done))
         start = max(start, min(store.done))
         for frames in job.decode(part, store.done[index], report):
             store.append(index, frames)
-            yield from _read(store, start, min(store.done))
+            yield from read_store(store, start, min(store.done))
             start = max(start, min(store.done))
-    yield from _read(store, start, job.plan.frames)
+    yield from read_store(store, start, job.plan.frames)
 
 
-def _read(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+def read_store(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
+    """Its frames, a few at a time."""
     for first in range(start, stop, 8):
         yield store.read(first, min(first + 8, stop))

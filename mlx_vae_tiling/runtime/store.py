@@ -23,7 +23,7 @@ class FrameStore:
         folder: Where the file is.
         parts: What is decoded one after the other.
         shape: (F, H, W, 3).
-        dtype: uint8 or uint16.
+        dtype: Of the frames.
         journal: Whose frames they are.
 
     Raises:

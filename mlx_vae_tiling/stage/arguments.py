@@ -24,12 +24,14 @@ class PipelineConfig:
 
     Args:
         vae_precision: "fp32", "fp16" or "bf16"; None for the dtypes of the latents and the weights.
+        vae_decode_precision: The same, in its place where it is not None.
         vae_tiling: True decodes by a plan within the memory limit, False as a whole. The frames of a
             `VideoDecoder` are the same.
     """
 
     vae_precision: str | None = None
     vae_tiling: bool = True
+    vae_decode_precision: str | None = None
 
 
 @dataclass
@@ -39,8 +41,9 @@ class DecodingArgs:
     Args:
         disable_autocast: True leaves the weights in the dtype they have, whatever `vae_precision`.
         pipeline_config: Precision and tiling.
-        output_type: "latent" passes the latents through; anything else decodes them.
-        vae_cpu_offload: True frees the VAE after `forward`; the next one loads it again.
+        output_type: "latent" passes the latents through, in float32; anything else decodes them.
+        vae_cpu_offload: True frees the VAE after `forward`, if the stage loaded it; the next one loads
+            it again.
         model_loaded: Whether "vae" is loaded; by default, whether the stage has one.
         model_paths: Under "vae", what `load_decoder` loads the VAE from; under "preview", a tiny decoder
             that decodes the steps of trajectories in its place.
@@ -86,14 +89,17 @@ def option(owner: Any, name: str, defaults: type) -> Any:
 
 
 def precision_of(args: Any) -> mx.Dtype | None:
-    """The dtype that `vae_precision` names, or None.
+    """The dtype that `vae_decode_precision` or else `vae_precision` names, or None.
 
     Raises:
         ValueError: If it names none.
     """
     config = option(args, "pipeline_config", DecodingArgs)
-    name = option(config, "vae_precision", PipelineConfig)
-    require("vae_precision", name, "text or None", str, None)
+    for field_name in ("vae_decode_precision", "vae_precision"):
+        name = option(config, field_name, PipelineConfig)
+        if name is not None:
+            break
+    require(field_name, name, "text or None", str, None)
     if name is not None and name not in PRECISIONS:
-        raise ValueError(f"vae_precision must be one of {', '.join(PRECISIONS)} or None, got {told(name)}")
+        raise ValueError(f"{field_name} must be one of {', '.join(PRECISIONS)} or None, got {told(name)}")
     return None if name is None else PRECISIONS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlx_vae_tiling.stage.arguments import (
     option,
     precision_of,
 )
+from mlx_vae_tiling.stage.scaling import denormalized
 from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, describe, without_nan
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.tiny import TinyDecoder
@@ -33,9 +35,14 @@ class DecodingStage:
     It reads attributes only, so FastVideo's batches and arguments fit once their tensors are MLX or
     NumPy arrays. An attribute that is missing has the default of `DecodingArgs` or `DecodeBatch`.
 
+    Of FastVideo's stage it does not have `streaming_decode`, which hands the cache of a causal VAE from
+    call to call: `decode` streams within the memory limit by itself, and `VideoDecoder.stream` gives
+    pieces. Nor does it unpack Flux2's latents or crop LongCat's padding, which LTX has none of.
+
     Args:
-        vae: A `VideoDecoder`; an object whose `decode(latents)` returns an array, or something with
-            one as `sample`; or such a function. None if `forward` is to load it.
+        vae: A `VideoDecoder`; an object whose `decode(latents)` returns an array, something with one as
+            `sample`, or a tuple or list that begins with one; or such a function. None if `forward` is
+            to load it.
         pipeline: Told of a VAE that `forward` loads or frees. The stage does not keep it alive.
 
     Example:
@@ -45,7 +52,7 @@ class DecodingStage:
     """
 
     def __init__(self, vae: Any, pipeline: Any = None):
-        self.vae = vae
+        self.vae, self._loaded = vae, None
         self.pipeline = None if pipeline is None else weakref.ref(pipeline)
 
     def __call__(self, batch: Any, args: Any) -> Any:
@@ -90,7 +97,8 @@ class DecodingStage:
         """Loads the VAE if need be, decodes the batch, and frees the VAE if asked to.
 
         A trajectory is decoded step by step into NumPy arrays, so that MLX never holds more than one
-        step. What was decoded before an error is in the batch.
+        step. What was decoded before an error is in the batch. Only a VAE that the stage has loaded
+        itself is freed: memory is unified on a Mac, so moving another one to the CPU would free nothing.
 
         Args:
             batch: As `DecodeBatch`.
@@ -107,7 +115,7 @@ class DecodingStage:
         if trajectory or not passed_through:
             self._load(args)
         latents = option(batch, "latents", DecodeBatch)
-        batch.output = latents if passed_through else self.decode(latents, args)
+        batch.output = _as_float32(latents) if passed_through else self.decode(latents, args)
         if trajectory:
             self._decode_trajectory(batch, args)
         if option(args, "vae_cpu_offload", DecodingArgs):
@@ -117,8 +125,8 @@ class DecodingStage:
     def decode(self, latents: Array, args: Any) -> mx.array:
         """Decodes latents: (x / 2 + 1/2) of what the VAE makes of them, clamped to [0, 1].
 
-        They are divided by `vae.scaling_factor` and `vae.shift_factor` is added, where the VAE has
-        them, then cast to `vae_precision`. The weights of a `VideoDecoder` are cast to it in place,
+        They are denormalised as the VAE asks (`stage.scaling`), then cast to `vae_decode_precision`, or
+        to `vae_precision` where there is none. The weights of a `VideoDecoder` are cast to it in place,
         once, unless `disable_autocast`; casting them back does not undo the rounding.
 
         Args:
@@ -140,7 +148,7 @@ class DecodingStage:
             raise ValueError(f"latents must be an array (B, C, F, H, W), got {describe(latents)}")
         precision, autocast = precision_of(args), not option(args, "disable_autocast", DecodingArgs)
         given = latents if isinstance(latents, mx.array) else mx.array(latents)
-        latents = _unscaled(given, self.vae).astype(precision or given.dtype)
+        latents = denormalized(given, self.vae).astype(precision or given.dtype)
         if autocast and precision and isinstance(self.vae, StreamingDecoder) and self.vae.dtype != precision:
             self.vae.cast(precision)
         config = option(args, "pipeline_config", DecodingArgs)
@@ -192,15 +200,26 @@ class DecodingStage:
                 "or pass a VAE to DecodingStage and leave args.model_loaded empty"
             )
         autocast = not option(args, "disable_autocast", DecodingArgs)
-        self.vae = None
+        self.vae = self._loaded = None
         self.vae = load_decoder(paths["vae"], dtype=precision_of(args) if autocast else None)
+        self._loaded = self.vae
         pipeline = None if self.pipeline is None else self.pipeline()
         if pipeline is not None and hasattr(pipeline, "add_module"):
             pipeline.add_module("vae", self.vae)
         loaded["vae"] = True
 
     def _free(self, args: Any) -> None:
-        self.vae = None
+        mx.clear_cache()
+        if self.vae is None:
+            return
+        if self.vae is not self._loaded or "vae" not in option(args, "model_paths", DecodingArgs):
+            warnings.warn(
+                "vae_cpu_offload keeps the VAE: it was not loaded from args.model_paths['vae'], so the next "
+                "call could not load it again",
+                stacklevel=3,
+            )
+            return
+        self.vae = self._loaded = None
         modules = getattr(None if self.pipeline is None else self.pipeline(), "modules", None)
         if isinstance(modules, dict):
             modules.pop("vae", None)
@@ -208,27 +227,18 @@ class DecodingStage:
         mx.clear_cache()
 
 
+def _as_float32(latents: Any) -> Any:
+    if isinstance(latents, np.ndarray):
+        return latents.astype(np.float32, copy=False)
+    narrow = isinstance(latents, mx.array) and latents.dtype != mx.float32
+    return latents.astype(mx.float32) if narrow else latents
+
+
 def _tiny_decoder(source: str | os.PathLike[str]) -> TinyDecoder:
     decoder = load_decoder(source)
     if not isinstance(decoder, TinyDecoder):
         raise ValueError(f"args.model_paths['preview'] must be a tiny decoder (TAEHV), and {source} is none")
     return decoder
-
-
-def _unscaled(latents: mx.array, vae: Any) -> mx.array:
-    scaling, shift = (getattr(vae, name, None) for name in ("scaling_factor", "shift_factor"))
-    if scaling is not None:
-        latents = latents.astype(mx.float32) / _per_channel("scaling_factor", scaling, latents.shape[1])
-    if shift is not None:
-        latents = latents.astype(mx.float32) + _per_channel("shift_factor", shift, latents.shape[1])
-    return latents
-
-
-def _per_channel(name: str, factor: Any, channels: int) -> mx.array:
-    values = mx.array(factor, mx.float32)
-    if values.size not in (1, channels):
-        raise ValueError(f"vae.{name} must be one number or one per channel ({channels}), got {values.size}")
-    return values.reshape(1, -1, 1, 1, 1)
 
 
 def _decode_planned(
@@ -263,6 +273,8 @@ def _decode_whole(vae: Any, latents: mx.array) -> mx.array:
         raise ValueError(f"the VAE must be a function or have one as decode, got {describe(vae)}")
     result = decode(latents)
     frames = getattr(result, "sample", result)
+    if isinstance(frames, (tuple, list)) and frames:
+        frames = frames[0]
     if not array_of_rank(5)(frames):
         raise ValueError(f"the VAE must return an array (B, 3, F, H, W), got {describe(frames)}")
     frames = frames if isinstance(frames, mx.array) else mx.array(frames)

@@ -21,6 +21,7 @@ class VerificationResult:
     """
 
     def __init__(self) -> None:
+        self._checked: dict[str, None] = {}
         self._failures: dict[str, str] = {}
 
     def add_check(
@@ -37,6 +38,7 @@ class VerificationResult:
         Returns:
             The result itself, for the next check.
         """
+        self._checked[field] = None
         for validator in [validators] if callable(validators) else validators:
             rule = getattr(validator, "__name__", repr(validator)).replace("_", " ")
             try:
@@ -55,6 +57,10 @@ class VerificationResult:
     def get_failed_fields(self) -> list[str]:
         """The names of the fields that failed, in the order of their checks."""
         return list(self._failures)
+
+    def to_dict(self) -> dict[str, bool]:
+        """Whether each field that was checked is valid, by name, in the order of the checks."""
+        return {field: field not in self._failures for field in self._checked}
 
     def get_failure_summary(self) -> str:
         """What each failed field must be and what it is; empty if none failed."""

@@ -91,9 +91,13 @@ class TinyDecoder(StreamingDecoder):
         """What `stream` was told. A tiny decoder has no noise and no timestep: those do nothing.
 
         Raises:
-            ValueError: If the latents are said not to be normalised.
+            ValueError: If the latents are said not to be normalised, or several steps are asked for.
         """
         require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
+        if num_inference_steps not in (None, 1):
+            raise ValueError(
+                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
+            )
         if not normalized:
             raise ValueError(
                 "a tiny decoder takes normalised latents, and its file has no statistics to normalise them by"
