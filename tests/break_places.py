@@ -46,7 +46,11 @@ PLACES = [
         ("stride = size - overlap\n", "stride = size - overlap + 1\n"),
         ("starts = [0] + [start - 1", "starts = [0] + [start"),
         ("left_ramps = [0] + [ramp + 1", "left_ramps = [0] + [ramp"),
-        ("if dimension_size <= size:", "if dimension_size < size:"),
+        (
+            "if dimension_size <= size:",
+            "if dimension_size < size:",
+            "an axis as long as a tile is one interval either way",
+        ),
     ),
     *places(
         "tiling/config.py",
