@@ -8,9 +8,10 @@ which is preloaded for the fork: MLX's wheel for Linux has a slow BLAS, of which
     python examples/compare_with_peers.py --threads 1 [--version ltx-2.3] [--latents 9x9x16] [--runs 2]
 
 The weights are random. Every decode has a process of its own, which on Linux runs on as many cores as it has
-threads. Runs go in turn, so that a busy machine is busy for everybody. Of each: the least seconds and seconds
-of processor time, peak memory above the loaded weights, as MLX counts it and of the whole process, and the
-largest difference from this package's decode in one piece, in levels of 255.
+threads. Runs go in turn, so that a busy machine is busy for everybody. A decode that leaves the machine less
+than a gigabyte is ended (on Linux). Of each: the least seconds and seconds of processor time, peak memory
+above the loaded weights, of arrays (of MLX, and of what this package computes in beside it) and of the whole
+process, and the largest difference from the first candidate's frames, in levels of 255.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ PEERS = {
     "diffusers": (("torch", "diffusers"), "diffusers, in one piece"),
 }
 PACKAGES = {"mlx_video": "mlx-video-with-audio==0.1.37"}
+
+LEFT_FREE_BYTES = 10**9
 
 
 def config_of(args):
@@ -57,19 +61,30 @@ def prepare(args):
 
 
 def ours(args, weights, latents):
+    import mlx.core as mx
     import numpy as np
 
-    from mlx_vae_tiling import decode_frames
+    from mlx_vae_tiling import decode_frames, plan_decode
     from mlx_vae_tiling.vae.build import build_decoder
 
     decoder = build_decoder(config_of(args))
     decoder.load_weights(list(weights.items()))
-    if args.only == "whole":
-        return lambda: decoder(latents)
-    return lambda: np.concatenate(list(decode_frames(decoder, latents)))
+    whole = (latents.shape[2], None) if args.only == "whole" else None
+    plan = plan_decode(decoder, latents.shape, memory_limit=args.memory, chunk=whole)
+    backend = plan.backend.opened()
+
+    def run():
+        frames, start = np.empty((plan.frames, *plan.size, 3), np.uint8), 0
+        for piece in decode_frames(decoder, latents, plan=replace(plan, backend=backend)):
+            frames[start : start + len(piece)] = piece
+            start += len(piece)
+        return frames
+
+    return run, lambda: mx.get_peak_memory() + backend.held_workspace_bytes
 
 
 def fork(args, weights, latents):
+    import mlx.core as mx
     from mlx_video.models.ltx.video_vae.convolution import PaddingModeType
     from mlx_video.models.ltx.video_vae.decoder import LTX2VideoDecoder
     from mlx_video.models.ltx.video_vae.tiling import TilingConfig
@@ -93,8 +108,9 @@ def fork(args, weights, latents):
     named = {name.replace(".conv.", ".conv.conv."): value for name, value in named.items()}
     decoder.load_weights(list(named.items()), strict=False)
     if args.only == "fork":
-        return lambda: decoder(latents)
-    return lambda: decoder.decode_tiled(latents, TilingConfig.aggressive(), tiling_mode="aggressive")
+        return lambda: decoder(latents), mx.get_peak_memory
+    tiling = TilingConfig.aggressive()
+    return lambda: decoder.decode_tiled(latents, tiling, tiling_mode="aggressive"), mx.get_peak_memory
 
 
 def diffusers(args):
@@ -158,21 +174,21 @@ def candidate(args):
     import numpy as np
 
     if args.only == "diffusers":
-        run, mx = diffusers(args), None
+        run, peak = diffusers(args), None
     else:
         import mlx.core as mx
 
         mx.set_default_device(mx.cpu)
         weights, latents = (mx.load(f"{args.folder}/{n}.safetensors") for n in ("weights", "latents"))
         mx.eval(weights, latents)
-        run = (fork if args.only.startswith("fork") else ours)(args, weights, latents["x"])
+        run, peak = (fork if args.only.startswith("fork") else ours)(args, weights, latents["x"])
         active = mx.get_active_memory()
         mx.reset_peak_memory()
     before, wall, cpu = resident(peak=False), time.perf_counter(), time.process_time()
     frames = np.asarray(run())
     figures = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     figures["process"] = max(0, resident(peak=True) - before)
-    figures["mlx"] = mx.get_peak_memory() - active if mx else None
+    figures["arrays"] = peak() - active if peak else None
     if frames.dtype != np.uint8:
         frames = np.rint((frames[0].clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
     np.save(f"{args.folder}/{args.only}.npy", frames)
@@ -180,7 +196,7 @@ def candidate(args):
 
 
 def start(args, name, folder):
-    """The figures of a candidate, run in a process of its own."""
+    """The figures of a candidate, run in a process of its own; None where it was ended."""
     environment = dict(os.environ, PYTHONWARNINGS="ignore")
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         # This package's workers each call BLAS; the others leave threads to their libraries.
@@ -188,10 +204,28 @@ def start(args, name, folder):
     openblas = sorted(Path("/usr/lib").glob("*/openblas-pthread/libblas.so.3"))
     if name.startswith("fork") and openblas:
         environment["LD_PRELOAD"] = str(openblas[0])
-    options = [f"--{key}={getattr(args, key)}" for key in ("version", "width", "latents", "threads")]
+    keys = ("version", "width", "latents", "threads", "memory")
+    options = [f"--{key}={getattr(args, key)}" for key in keys if getattr(args, key) is not None]
     command = [sys.executable, __file__, *options, f"--folder={folder}", f"--only={name}"]
-    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1]) if name != "prepare" else None
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+            if name != "prepare" and available_bytes() < LEFT_FREE_BYTES:
+                process.kill()
+        out = process.stdout.read()
+    if process.returncode == -signal.SIGKILL:
+        return None
+    if process.returncode:
+        raise SystemExit(f"{name} failed")
+    return json.loads(out.splitlines()[-1]) if name != "prepare" else {}
+
+
+def available_bytes():
+    """What the machine has left, where /proc says it."""
+    if not Path("/proc/meminfo").exists():
+        return float("inf")
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def compare(args):
@@ -207,24 +241,35 @@ def compare(args):
     with tempfile.TemporaryDirectory() as folder:
         start(args, "prepare", folder)
         for _ in range(args.runs):
-            for name, runs in found.items():
-                runs.append(start(args, name, folder))
-                print(name, runs[-1], file=sys.stderr, flush=True)
+            for name in list(found):
+                figures = start(args, name, folder)
+                print(name, figures or "does not fit into memory", file=sys.stderr, flush=True)
+                if figures:
+                    found[name].append(figures)
+                else:
+                    print(f"{PEERS[name][1]}: does not fit into this machine's memory")
+                    del found[name]
+        if not found:
+            return found
         frames = {name: np.load(f"{folder}/{name}.npy").astype(int) for name in found}
-    reference = frames.get("whole", next(iter(frames.values())))
-    first = min(run["seconds"] for run in next(iter(found.values())))
+    reference = next(iter(frames.values()))
+    first = [min(run[key] for run in next(iter(found.values()))) for key in ("seconds", "cpu")]
     print(f"{args.version}, width {args.width}, latents {args.latents}, threads: {args.threads}\n")
     print(
-        "| | seconds | of the first | processor seconds | MLX's peak | process's peak | largest difference |"
+        "| | seconds | of the first | processor seconds | of the first | arrays' peak | process's peak "
+        "| largest difference |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for name, runs in found.items():
-        seconds, cpu = (min(run[key] for run in runs) for key in ("seconds", "cpu"))
+        times = []
+        for key, unit in zip(("seconds", "cpu"), first, strict=True):
+            least = min(run[key] for run in runs)
+            times += [f"{least:.1f}", f"{least / unit:.2f}"]
         peaks = [
-            runs[0][key] and f"{max(run[key] for run in runs) / 1e9:.2f} GB" for key in ("mlx", "process")
+            runs[0][key] and f"{max(run[key] for run in runs) / 1e9:.3f} GB" for key in ("arrays", "process")
         ]
         difference = np.abs(frames[name] - reference).max()
-        row = (PEERS[name][1], f"{seconds:.1f}", f"{seconds / first:.2f}", f"{cpu:.1f}", *peaks, difference)
+        row = (PEERS[name][1], *times, *peaks, difference)
         print("|", " | ".join(str(cell or "-" if cell != 0 else 0) for cell in row), "|")
     return found
 
@@ -235,6 +280,7 @@ def main(*arguments):
     parser.add_argument("--width", type=int, default=128, help="128 is that of the published weights")
     parser.add_argument("--latents", default="5x8x12", help="frames x height x width")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", help="of this package's decode, as decode_frames' memory_limit")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--candidates", default=",".join(PEERS), help="some of %(default)s")
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -7,7 +7,8 @@ from mlx_vae_tiling.media.latents import load_latents
 from mlx_vae_tiling.runtime.memory import memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.run import DecodeReport, decode_frames, decode_to_file
+from mlx_vae_tiling.runtime.report import DecodeReport
+from mlx_vae_tiling.runtime.run import decode_frames, decode_to_file
 from mlx_vae_tiling.runtime.verification import Verification
 from mlx_vae_tiling.runtime.verify import verify_decode
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs

@@ -149,8 +149,6 @@ PLACES = [
         "vae_schedule vae_streaming",
         ("if before > held[producer]:", "if False:"),
         ("before if other is None else other.joined(before)", "before"),
-        ("self.latent_frames = (self.latent_frames + 1) // 2", "self.latent_frames //= 2"),
-        ("if 2 * self.max_chunk_frames < scale else None", "if True else None"),
     ),
     *places(
         "vae/stream.py",
@@ -237,7 +235,6 @@ PLACES = [
             "pixels = pixels.over(pixels.time.start, pixels.time.stop)",
         ),
         ("return NO_FRAMES, Failure(error=error)", "raise"),
-        ("limit = self.plan.memory_limit + self.meter.others", "limit = self.plan.memory_limit // 2"),
     ),
     *places(
         "runtime/journal.py",
@@ -300,7 +297,6 @@ PLACES = [
         "runtime_plan",
         ("steps = steps[-1:]", "steps = list(steps)"),
         ("recompute=operations / at_once", "recompute=1.0"),
-        ("if better.fits and len(better.parts) <= len(plan.parts) else plan", "if better.fits else plan"),
     ),
     *places(
         "stage/decoding.py",

@@ -1,4 +1,4 @@
-"""Every test starts from the same random state and an empty cache."""
+"""Every test starts from the same random state and an empty cache, on the device that it is for."""
 
 import mlx.core as mx
 import pytest
@@ -14,6 +14,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def fresh_mlx():
+def fresh_mlx(request):
+    device = mx.default_device()
+    if request.node.get_closest_marker("cpu"):
+        mx.set_default_device(mx.cpu)
     mx.random.seed(0)
     mx.clear_cache()
+    yield
+    mx.set_default_device(device)

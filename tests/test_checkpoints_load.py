@@ -193,6 +193,7 @@ def test_dtypes(given, expected, tmp_path):
     assert describe_checkpoint(path).dtype == "bfloat16"
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_loading_peaks_at_the_decoder_and_one_tensor(dtype, tmp_path):
     stored = decoder_of("ltx-2.3", mx.bfloat16, base_channels=12)

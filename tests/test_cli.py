@@ -18,6 +18,8 @@ from mlx_vae_tiling.checkpoints.locate import DEMO
 from mlx_vae_tiling.media import video
 from mlx_vae_tiling.vae.published import PUBLISHED
 
+pytestmark = pytest.mark.cpu
+
 CROPPED = (slice(None), slice(None), slice(0, 2), slice(0, 3), slice(0, 4))
 
 

@@ -1,6 +1,7 @@
 """`bench` runs, tells what it measured, and measures what is there."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -9,15 +10,28 @@ from vae_cases import VERSIONS, small_decoder
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.cli.entry import main
 from mlx_vae_tiling.runtime import bench
-from mlx_vae_tiling.runtime.measure import machine_of, measure_form, pass_rates, product_rate, work_of
+from mlx_vae_tiling.runtime.measure import (
+    machine_of,
+    measure_form,
+    pass_rates,
+    product_rate,
+    sample_of,
+    work_of,
+)
 from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, Level, load_tuning
-from mlx_vae_tiling.vae.backends import CPU, METAL
+from mlx_vae_tiling.vae.backends import METAL, current_backend
 
 
 def test_quick_bench_prints_a_table(capsys):
     assert main(["bench", "--quick"]) == 0
     printed, told = capsys.readouterr()
-    for text in ("matrix product", "numpy", "GB/s", "as planned", "Paste all of this into an issue"):
+    for text in (
+        "matrix product",
+        current_backend().forms[0],
+        "GB/s",
+        "as planned",
+        "Paste all of this into an issue",
+    ):
         assert text in printed
     assert "decode, whole" in told
 
@@ -38,10 +52,10 @@ def test_bench_as_json_keeps_forms_and_draws(capsys, tmp_path, monkeypatch):
     fields = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in fields["decodes"]] == ["whole", "as planned"]
     for one in fields["decodes"]:
-        assert one["frames"] == 17 and one["plan"]["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=0.25)
+        assert one["frames"] == 17 and one["plan"]["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=0.02)
     forms = fields["forms"]
-    assert len(forms) == 2 and {trial["form"] for trial in forms[0]["trials"]} == set(CPU.forms)
-    kept = load_tuning().of(machine_of(CPU, mx.float16), Level(**forms[0]["level"]))
+    assert len(forms) == 2 and {trial["form"] for trial in forms[0]["trials"]} == set(current_backend().forms)
+    kept = load_tuning().of(machine_of(current_backend(), mx.float16), Level(**forms[0]["level"]))
     assert [trial._asdict() for trial in kept] == forms[0]["trials"]
     assert plot.stat().st_size > 1000
 
@@ -75,8 +89,8 @@ def test_work_is_that_of_the_plan(version):
 def test_errors_of_forms_are_measured(form):
     """Against float32: those of half precision are as large as they are known to be."""
     level = Level(6, 7, 32, 16)
-    assert measure_form(METAL, form, level, 2, mx.float32, 1).error < 1e-6
-    trial = measure_form(METAL, form, level, 2, mx.bfloat16, 1)
+    assert measure_form(METAL, form, sample_of(METAL, level, 2, mx.float32), 1).error < 1e-6
+    trial = measure_form(METAL, form, sample_of(METAL, level, 2, mx.bfloat16), 1)
     assert 1e-3 < trial.error <= ERROR_BOUNDS["bfloat16"]
     assert trial.operations == 54 * 32 * 16 * 6 * 7 * 2 and trial.seconds > 0
 
@@ -90,11 +104,14 @@ def test_policies_of_metal_are_compared():
     """On the CPU, with Metal's policy: every variant decodes all frames."""
     decoder = small_decoder("ltx-2.3")
     latents = mx.random.normal((1, decoder.config.latent_channels, 5, 4, 4), key=mx.random.key(1))
-    plan = plan_decode(decoder, latents.shape, memory_limit="30MB", backend=METAL)
+    tuned = replace(METAL, tuned=(((16, 16), "gemm"), ((8, 8), "winograd_time")), block_bytes=10**8)
+    plan = plan_decode(decoder, latents.shape, memory_limit="30MB", backend=tuned)
     decodes = [bench._decode(decoder, latents, *variant) for variant in bench._variants(decoder, plan, False)]
     names = [one.name for one in decodes]
     assert {"whole", "as planned", "nothing waited for", "cache of one chunk", "no cache"} <= set(names)
     assert any(name.endswith("windows") for name in names) and any("blended" in name for name in names)
     assert all(one.frames == 33 for one in decodes)
+    policies = [one.plan.backend for one in decodes]
+    assert all((policy.tuned, policy.block_bytes) == (tuned.tuned, 10**8) for policy in policies)
     waited = {one.name for one in decodes if one.evaluation_seconds}
     assert "as planned" in waited and "nothing waited for" not in waited

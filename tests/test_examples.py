@@ -70,9 +70,19 @@ def test_compare_with_peers(capsys):
     """Peers come from elsewhere: here only this package, at the smallest width."""
     figures = run("compare_with_peers", "--width", "4", "--latents", "2x3x3", "--candidates", "planned,whole")
     assert set(figures) == {"planned", "whole"}
-    assert all(runs[0]["mlx"] > 0 and runs[0]["seconds"] > 0 for runs in figures.values())
+    assert all(runs[0]["arrays"] > 0 and runs[0]["seconds"] > 0 for runs in figures.values())
     table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "this package" in line]
     assert [int(row[-1]) for row in table] == [0, 0]
+
+
+def test_compare_with_peers_ends_what_does_not_fit(capsys, monkeypatch):
+    read = Path.read_text
+    no_memory = "MemAvailable: 10 kB"
+    monkeypatch.setattr(Path, "read_text", lambda p: no_memory if p.name == "meminfo" else read(p))
+    monkeypatch.setattr(Path, "exists", lambda p: True)
+    figures = run("compare_with_peers", "--width", "4", "--latents", "2x3x3", "--candidates", "planned")
+    assert figures == {}
+    assert "as planned: does not fit into this machine's memory" in capsys.readouterr().out
 
 
 def test_compare_with_peers_says_what_is_missing(capsys, monkeypatch):

@@ -17,6 +17,8 @@ from vae_cases import random_latents, small_decoder
 import mlx_vae_tiling
 from mlx_vae_tiling import decode_frames, load_decoder, load_latents, plan_decode
 
+pytestmark = pytest.mark.cpu
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ["from_diffusers.py", "from_fastvideo.py", "from_mlx_video.py"]
 SCRIPTS += [f"comfyui/mlx_vae_tiling_node/{name}.py" for name in ("__init__", "images", "node")]

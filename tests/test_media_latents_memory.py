@@ -7,6 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 LATENTS = np.random.default_rng(0).standard_normal((1, 128, 20, 48, 64)).astype(np.float32)  # 31 MB
 
 PROGRAM = """

@@ -1,5 +1,6 @@
 """Diffusion and tiny decoders in plans, files, the stage and the command: the same runtime as any other."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_files import write
 from diffusion_cases import SMALL, small_decoder
+from planning import measured_peak
 from tiny_cases import reference_decoder as tiny_decoder
 from tiny_cases import stored_tensors
 
@@ -27,6 +29,8 @@ from mlx_vae_tiling import (
 )
 from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.vae.backends import CPU
+
+pytestmark = pytest.mark.cpu
 
 DIFFUSION = replace(
     SMALL,
@@ -55,18 +59,6 @@ def new_decoder(config, dtype=mx.float32):
     decoder = kind(config).init_random()
     decoder.cast(dtype)
     return decoder
-
-
-def measured_peak(decoder, latents, plan):
-    weights = decoder.config.parameters * decoder.dtype.size
-    mx.eval(latents, decoder.parameters())
-    mx.clear_cache()
-    before, peak = mx.get_active_memory() - weights, 0
-    mx.reset_peak_memory()
-    for frames in decode_frames(decoder, latents, plan=plan):
-        del frames
-        peak = max(peak, mx.get_peak_memory())
-    return peak - before
 
 
 @pytest.mark.parametrize(("config", "size", "dtype", "limit"), PEAKS)
@@ -126,7 +118,7 @@ def test_a_budget_and_a_window_change_no_frame(steps):
     decoder, latents = small_decoder(), mx.random.normal((1, 8, 4, 5, 6), key=mx.random.key(0))
     noise = mx.random.normal((1, 3, 25, 160, 192), key=mx.random.key(1))
     options = {"noise": noise, "num_inference_steps": steps}
-    plan = plan_decode(decoder, latents.shape, memory_limit="8MB", num_inference_steps=steps)
+    plan = plan_decode(decoder, latents.shape, memory_limit="2.5MB", num_inference_steps=steps)
     expected = as_frames(mx.concatenate(list(decoder.stream(latents, **options)), axis=2))
     assert len(plan.parts) > 1
     assert (
@@ -210,3 +202,17 @@ def test_what_is_not_decoded_is_said():
     assert isinstance(new_decoder(TINY), TinyDecoder) and not isinstance(new_decoder(TINY), VideoDecoder)
     with pytest.raises(ValueError, match=r"latents must have shape \(B, 8, F, H, W\)"):
         new_decoder(TINY)(mx.zeros((1, 4, 1, 1, 1)))
+
+
+def test_noise_that_was_made_in_one_thread_is_used_in_another():
+    """What was only scheduled in the first thread cannot be computed in the second."""
+    decoder, latents = small_decoder(), mx.random.normal((1, 8, 2, 4, 4), key=mx.random.key(0))
+    noise = mx.random.normal((1, 3, 9, 128, 128), key=mx.random.key(1))
+    expected = np.concatenate(list(decode_frames(decoder, latents, noise=noise)))
+    pieces = decode_frames(decoder, latents + 0, noise=noise + 0)
+    streamed = decoder.stream(latents + 0, noise=noise + 0)
+    with ThreadPoolExecutor(1) as pool:
+        frames = np.concatenate(pool.submit(list, pieces).result())
+        received = pool.submit(list, streamed).result()
+    np.testing.assert_array_equal(frames, expected)
+    assert largest_step(as_frames(mx.concatenate(received, axis=2)), expected) <= 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from planning import QUICK, measure_case
+from planning import QUICK, measure_case, measured_peak
 from vae_cases import (
     LTX_2_3,
     VERSIONS,
@@ -23,9 +23,12 @@ from mlx_vae_tiling.runtime import cost
 from mlx_vae_tiling.runtime.cost import CostModel, Part
 from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
-from mlx_vae_tiling.vae.backends import CPU
+from mlx_vae_tiling.vae.backends import CPU, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
+from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.schedule import Pace, schedule
+
+pytestmark = pytest.mark.cpu
 
 FULL_HD = (1, 128, 16, 34, 60)
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
@@ -161,15 +164,30 @@ def test_as_few_windows_as_fit():
     ],
 )
 def test_limited_by(shape, limit, limited_by):
-    plan = plan_decode(LTX_2_3, shape, memory_limit=limit)
+    plan = plan_decode(LTX_2_3, shape, memory_limit=limit, backend="metal")
     assert plan.limited_by == limited_by
     assert limited_by in str(plan)
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk", "limited_by"),
+    [
+        ((1, 128, 100, 34, 60), (4, 4), "what is useful"),
+        ((1, 128, 5, 8, 12), (4, 4), "what is useful"),
+        ((1, 128, 5, 4, 4), (5, 32), "what is useful"),
+        ((1, 128, 3, 4, 4), (3, None), "the number of latent frames"),
+    ],
+)
+def test_chunks_on_the_cpu_are_no_larger_than_is_of_use(shape, chunk, limited_by):
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="cpu")
+    assert (plan.latent_frames_per_step, plan.max_chunk_frames) == chunk
+    assert plan.limited_by == limited_by
+
+
 def test_no_array_reaches_2_to_the_31_elements():
     shape = (1, 128, 100, 136, 240)
-    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB")
-    model = CostModel(VideoDecoder(LTX_2_3), shape, mx.bfloat16, CPU)
+    plan = plan_decode(LTX_2_3, shape, memory_limit="1TB", backend="metal")
+    model = CostModel(VideoDecoder(LTX_2_3), shape, mx.bfloat16, METAL)
     pace = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
     pace.double(8)
     costs = [model.cost(p, plan.latent_frames_per_step, plan.max_chunk_frames) for p in plan.parts]
@@ -178,7 +196,7 @@ def test_no_array_reaches_2_to_the_31_elements():
 
 
 def test_state_is_two_frames_of_the_input_of_every_convolution():
-    plan = plan_decode(LTX_2_3, (1, 128, 100, 34, 60), memory_limit="1TB", dtype=mx.bfloat16)
+    plan = plan_decode(LTX_2_3, (1, 128, 100, 34, 60), memory_limit="1TB", chunk=(1, None))
     scale, elements = 1, 0
     for layer in LTX_2_3.layers():
         elements += 2 * layer.in_channels * 34 * 60 * scale**2
@@ -207,8 +225,8 @@ def test_a_halo_as_large_as_the_video_is_exact():
 
 
 def test_parts_of_an_earlier_plan_are_kept():
-    small = plan_decode(LTX_2_3, FULL_HD, memory_limit="2.4GB")
-    large = plan_decode(LTX_2_3, FULL_HD, memory_limit="60GB", parts=small.parts)
+    small = plan_decode(LTX_2_3, FULL_HD, memory_limit="2.4GB", backend="metal")
+    large = plan_decode(LTX_2_3, FULL_HD, memory_limit="60GB", backend="metal", parts=small.parts)
     assert large.parts == small.parts and large.operations == small.operations
     assert small.max_chunk_frames and large.max_chunk_frames is None
 
@@ -307,15 +325,8 @@ def test_predicted_peak_whatever_the_dtype_of_the_latents(dtype, given):
     decoder = VideoDecoder(replace(LTX_2_3, base_channels=4, latent_channels=8)).init_random()
     decoder.set_dtype(dtype)
     latents = random_latents(decoder, 1, 9, 4, 5).astype(given)
-    mx.eval(latents, decoder.parameters())
-    before, peak = mx.get_active_memory() - decoder.config.parameters * dtype.size, 0
     plan = plan_decode(decoder, latents.shape, memory_limit="5MB")
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    for frames in decode_frames(decoder, latents, plan=plan):
-        del frames
-        peak = max(peak, mx.get_peak_memory())
-    assert plan.peak_bytes == pytest.approx(max(peak, mx.get_peak_memory()) - before, rel=0.05)
+    assert plan.peak_bytes == pytest.approx(measured_peak(decoder, latents, plan), rel=0.05)
 
 
 @pytest.mark.slow
@@ -326,3 +337,13 @@ def test_predicted_peak(case):
     assert result.plan.fits
     assert result.plan.peak_bytes == pytest.approx(result.measured_bytes, rel=0.15)
     assert result.measured_bytes <= 1.05 * result.plan.memory_limit
+
+
+@pytest.mark.parametrize("version", ["ltx-0.9.5", "ltx-2.3", "ltx-2.5", "taeltx2_3"])
+def test_planning_asks_the_device_for_nothing(version, monkeypatch):
+    """A device that fails cannot fail a plan."""
+    for ask in ("tolist", "item", "__array__", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(mx.array, ask, pytest.fail)
+    config = PUBLISHED[version].config
+    plan = plan_decode(config, (1, config.latent_channels, 3, 4, 4), memory_limit="34GB", backend="metal")
+    assert plan.fits

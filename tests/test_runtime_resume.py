@@ -99,7 +99,7 @@ def assert_shows(path, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "limit", "windows"),
-    [(suffix, limit, windows) for suffix in SUFFIXES for limit, windows in ((1_700_000, 1), (1_400_000, 2))],
+    [(suffix, limit, windows) for suffix in SUFFIXES for limit, windows in ((2_000_000, 1), (1_800_000, 2))],
 )
 def test_kill_and_resume(suffix, limit, windows, tmp_path):
     draw, kills, inside, decodes = random.Random(windows), 0, 0, 0

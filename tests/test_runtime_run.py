@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,7 +19,8 @@ import av
 import mlx.core as mx
 import numpy as np
 import pytest
-from vae_cases import joined, random_latents, small_decoder
+from mlx.utils import tree_flatten
+from vae_cases import budgets, joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
 from mlx_vae_tiling.media import npy
@@ -26,6 +29,7 @@ from mlx_vae_tiling.media.video import unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime import job, journal, output, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
+from mlx_vae_tiling.vae.backends import METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.schedule import Pace
@@ -33,8 +37,8 @@ from mlx_vae_tiling.vae.schedule import Pace
 SIZE = (4, 4, 3)
 """Latent frames, height and width of most tests: 25 frames of 96x128 pixels."""
 
-LIMITS = {"whole": "1GB", "streamed": 3_200_000, "windows": 1_550_000}
-"""For these latents and the LTX-2.3 decoder: one chunk, several, and several windows."""
+LIMITS = budgets(small_decoder("ltx-2.3"), SIZE)
+"""For these latents: one chunk, several, and several windows."""
 
 TILES = TilingConfig(SpatialTilingConfig(64, 32))
 
@@ -98,7 +102,7 @@ def assert_rounded(frames, video, bits=8):
 def test_frames_are_those_of_the_whole_decode(decoder, latents, limit, bits):
     plan = plan_decode(decoder, latents.shape, memory_limit=LIMITS[limit])
     assert plan.fits and (len(plan.parts) > 1) == (limit == "windows")
-    assert (plan.latent_frames_per_step == SIZE[0]) == (limit == "whole")
+    assert (plan.max_chunk_frames is None) == (limit == "whole")
     pieces = list(decode_frames(decoder, latents, memory_limit=LIMITS[limit], bits=bits))
     assert (len(pieces) == 1) == (limit == "whole")
     assert_rounded(np.concatenate(pieces), decoder(latents), bits)
@@ -288,6 +292,37 @@ def test_a_lasting_failure_of_the_device_keeps_what_was_before(
         assert raised.value.__cause__ is error
     decode_to_file(decoder, latents, tmp_path / "shot.npy", memory_limit=LIMITS[limit], resume=True)
     np.testing.assert_array_equal(np.load(tmp_path / "shot.npy"), expected)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+@pytest.mark.parametrize("where", ["isfinite", "weights", "fingerprint", "run"])
+def test_a_failure_before_the_first_frame(decoder, latents, where, message, times, monkeypatch, tmp_path):
+    """While the decode is prepared and while the stream is opened: tried again once, then told."""
+    left, path = [times], tmp_path / "out.npy"
+
+    def failing(owner, name):
+        original = getattr(owner, name)
+
+        def fail(*args, **options):
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError(message)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, fail)
+
+    place = {"isfinite": (mx, "isfinite"), "weights": (mx, "eval"), "run": (VideoDecoder, "run")}
+    failing(*place.get(where, (run, "fingerprint_of")))
+    if times == 1:
+        assert decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"]).frames == 25
+        return
+    with pytest.raises(
+        RuntimeError, match=rf"failed twice.*{re.escape(message)}.*a smaller memory limit"
+    ) as told:
+        decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"])
+    assert str(told.value.__cause__) == message and not path.exists()
+    assert decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"]).frames == 25
 
 
 def test_an_error_of_ours_is_not_tried_again(decoder, latents, monkeypatch):
@@ -743,12 +778,13 @@ def test_chunks_shrink_when_more_is_measured_than_the_limit(decoder, latents, mo
     paces = record_paces(monkeypatch)
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.memory_limit + 1)
     assert_rounded(frames_of(decoder, latents, plan=plan), decoder(latents))
-    assert paces[-1].limit(8) < plan.latent_frames_per_step * 8
+    assert paces[-1].limit(8) < Pace(plan.latent_frames_per_step, plan.max_chunk_frames).limit(8)
 
 
 def test_chunks_grow_once_when_much_less_is_measured(decoder, monkeypatch):
     latents = random_latents(decoder, 1, 12, 2, 2)
-    plan = plan_decode(decoder, latents.shape, memory_limit="1.6MB")
+    streamed = plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, 1))
+    plan = plan_decode(decoder, latents.shape, memory_limit=streamed.peak_bytes)
     assert plan.limited_by == "the memory limit"
     paces = record_paces(monkeypatch)
     monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.lasting_bytes // 2)
@@ -775,3 +811,40 @@ def test_memory_that_is_held_otherwise_does_not_count(decoder, latents):
 
 def test_frames_are_a_lazy_iterator(decoder, latents):
     assert len(next(islice(decode_frames(decoder, latents, memory_limit=LIMITS["streamed"]), 1))) < 25
+
+
+@pytest.mark.parametrize(("computing", "halved"), [(0.1, False), (1000.0, True)])
+def test_slow_evaluations_halve_the_chunks_and_a_slow_consumer_does_not(
+    decoder, latents, computing, halved, monkeypatch
+):
+    """By a stand-in clock: seconds of a piece, and a hundred thousand for each that the consumer has."""
+    now, finish = [0.0], job.finish
+
+    def slow_finish(*given):
+        now[0] += computing
+        return finish(*given)
+
+    monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(job, "finish", slow_finish)
+    paces, plan = (
+        record_paces(monkeypatch),
+        plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, None), backend=METAL),
+    )
+    monkeypatch.setattr(job.PeakMeter, "read", lambda meter: plan.peak_bytes)
+    count = 0
+    for frames in decode_frames(decoder, latents, plan=plan):
+        now[0] += 1e5
+        count += len(frames)
+    begun = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
+    assert count == 25 and (paces[-1].limit(8) < begun.limit(8)) == halved
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_frames_asked_for_in_one_thread_are_decoded_in_another(decoder, latents, limit):
+    """What was only scheduled in the first thread cannot be computed in the second."""
+    fresh = VideoDecoder(decoder.config)
+    fresh.load_weights([(name, value + 0) for name, value in tree_flatten(decoder.parameters())])
+    pieces = decode_frames(fresh, latents + 0, memory_limit=LIMITS[limit])
+    with ThreadPoolExecutor(1) as pool:
+        frames = np.concatenate(pool.submit(list, pieces).result())
+    assert_rounded(frames, decoder(latents))

@@ -80,17 +80,17 @@ def test_seconds_from_operations_and_rates(tuning):
 def test_tuning_stops_in_time_and_measures_once():
     now, asked, tuning = [0.0], [], Tuning()
 
-    def measure(form, level):
-        asked.append((form, level))
-        now[0] += 0.3
-        return Trial(form, 0.1, 1e-3, 1e12)
+    def measure(level):
+        asked.append(level)
+        now[0] += 0.6
+        return trials(folded=(0.1, 1e-3), gemm=(0.1, 1e-3))
 
     levels = [LEVEL, OTHER, Level(68, 120, 512, 512)]
     options = {"seconds": 1.0, "clock": lambda: now[0]}
-    assert tune(tuning, MACHINE, levels, ["folded", "gemm"], measure, **options) == levels[:2]
-    assert asked == [(form, level) for level in levels[:2] for form in ("folded", "gemm")]
-    assert tune(tuning, MACHINE, levels, ["folded", "gemm"], measure, **options) == levels[2:]
-    assert tune(tuning, MACHINE, levels, ["folded", "gemm"], measure, **options) == []
+    assert tune(tuning, MACHINE, levels, measure, **options) == levels[:2]
+    assert asked == levels[:2]
+    assert tune(tuning, MACHINE, levels, measure, **options) == levels[2:]
+    assert tune(tuning, MACHINE, levels, measure, **options) == []
 
 
 def test_file_keeps_what_was_measured(tuning, tmp_path):

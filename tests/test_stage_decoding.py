@@ -109,6 +109,7 @@ def test_decode_needs_nothing_but_latents(args, convert):
     assert_video(DecodingStage(decoder).decode(convert(latents), args), unit_range(decoder(latents)))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_limit_is_kept_by_windows_and_includes_the_frames(count):
     decoder = small_decoder("ltx-2.3")
@@ -190,6 +191,7 @@ def test_latents_are_cast_for_other_vaes(precision):
     assert vae.seen.dtype == (PRECISIONS[precision] or mx.float16)
 
 
+@pytest.mark.cpu
 def test_cast_weights_are_held_once():
     decoder = fresh_decoder()
     before, latents = mx.get_active_memory(), random_latents(decoder, 1, 1, 1, 1)
@@ -231,6 +233,7 @@ def test_other_vaes_are_told_to_tile(args, told):
     assert calls == told
 
 
+@pytest.mark.cpu
 def test_a_whole_decode_is_in_memory_twice_at_most():
     latents = mx.zeros((1, 3, 16, 32, 32))
     mx.eval(latents)
@@ -251,6 +254,7 @@ def test_fastvideos_batches_and_arguments_fit():
     assert stage(batch, args).output is not None and stage.vae is loaded
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("source", ["demo", "file"])
 def test_offloading_frees_the_vae_and_the_next_call_loads_it_again(source, tmp_path):
     path = "demo" if source == "demo" else shutil.copy(DEMO, tmp_path / "vae.safetensors")
@@ -320,6 +324,7 @@ def test_a_trajectory_is_decoded_step_by_step_with_one_load(output_type, monkeyp
         assert np.array_equal(np.array(batch.output), batch.trajectory_decoded[-1])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("tiling", [True, False])
 def test_eight_steps_have_the_peak_of_one(tiling):
     decoder = tiny_decoder()

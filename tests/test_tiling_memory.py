@@ -14,6 +14,8 @@ from mlx_vae_tiling import (
     iter_decode_with_tiling,
 )
 
+pytestmark = pytest.mark.cpu
+
 CONFIG = TilingConfig(SpatialTilingConfig(64, 32), TemporalTilingConfig(32, 8))
 
 

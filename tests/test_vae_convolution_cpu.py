@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 
 from mlx_vae_tiling.vae import winograd, winograd_kernel
-from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_rows, workspace_bytes
+from mlx_vae_tiling.vae.convolution_cpu import (
+    bits_of,
+    choose_form,
+    convolve_numpy,
+    convolve_rows,
+    workspace_bytes,
+)
 from mlx_vae_tiling.vae.rows import Rows, activate, row_buffers
 from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.workers import idle_cores
 from mlx_vae_tiling.vae.workspace import Workspace, bytes_of
+
+pytestmark = pytest.mark.cpu
 
 FORMS = ("columns", "shifts", "winograd")
 # (frames, height, width, channels in, channels out) of the output; Winograd's tiles are 4 by 2.
@@ -213,6 +221,31 @@ def test_rows_are_activated_and_padded(activation, modulated, padding, mode, cut
     for start, stop in ((0, height), (0, 3), (2, 7), (height - 3, height)):
         y = rows.read(1, start, stop, out, scratch)
         assert np.abs(y - expected[1, start:stop]).max() <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "norm_silu"])
+def test_rows_in_half_precision_are_those_of_the_same_numbers(activation, dtype, cut):
+    x = mx.random.normal((2, 9, 5, 24), key=mx.random.key(0)).astype(dtype)
+    for padding in ((0, 0, 0, 0), (1, 1, 1, 1)):
+        read = []
+        for frames in (x, x.astype(mx.float32)):
+            rows = Rows(list(bits_of(frames)), padding, "reflect", activation)
+            buffers = (np.full(s, np.nan, np.float32) for s in row_buffers(*rows.shape))
+            read.append(rows.read(1, 2, 7, *buffers))
+        assert read[0].dtype == np.float32 and np.array_equal(*read)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_half_precision_is_rounded_once(dtype):
+    shape = (2, 8, 16, 33, 48)
+    x, weight, bias, _ = (mx.array(a).astype(dtype) for a in operands(shape))
+    y = convolve_numpy(x[None], weight, bias)
+    wide = (np.array(a.astype(mx.float32)) for a in (x, weight, bias))
+    expected = reference(*wide)
+    unit = 2.0 ** (-11 if dtype == mx.float16 else -8)
+    error = np.abs(np.array(y[0].astype(mx.float32)) - expected)
+    assert y.dtype == dtype and (error <= unit * np.abs(expected) + 1e-5).all()
 
 
 def test_activation_of_extremes_warns_of_nothing():

@@ -43,6 +43,7 @@ def without_cache():
     mx.set_cache_limit(limit)
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("without_cache")
 @pytest.mark.parametrize(("version", "number", "batch", "size", "window", "causal", "pace"), list(cases()))
 def test_what_is_said_to_be_held_is_held(version, number, batch, size, window, causal, pace):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.cpu import CPUBackend
@@ -125,6 +126,16 @@ def small_decoder(version, spatial_padding_mode=None, num_layers=1, base_channel
 def random_latents(decoder, batch, frames, height, width, seed=0):
     shape = (batch, decoder.config.latent_channels, frames, height, width)
     return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def budgets(decoder, size):
+    """Budgets for latents of a size that lead to one chunk, to several, and to several windows, anywhere.
+
+    Just below what the largest chunk and what the smallest one of a single window take.
+    """
+    shape = (1, decoder.config.latent_channels, *size)
+    large, small = (plan_decode(decoder, shape, memory_limit="1GB", chunk=(1, cap)) for cap in (None, 1))
+    return {"whole": "1GB", "streamed": large.peak_bytes - 1, "windows": small.peak_bytes - 1}
 
 
 def joined(pieces):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import mlx.core as mx
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli.options import SOURCE, parse_config
-from mlx_vae_tiling.cli.printing import NAME, plan_fields, print_result
+from mlx_vae_tiling.cli.printing import NAME, plan_fields, print_news, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.runtime.bench import Bench, Decode, bench
 from mlx_vae_tiling.runtime.memory import format_bytes
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
     decoder = _decoder(args)
     latents = _latents(args, decoder)
-    result = bench(decoder, latents, memory_limit=args.memory, quick=args.quick, tell=_tell)
+    result = bench(decoder, latents, memory_limit=args.memory, quick=args.quick, tell=print_news)
     if args.plot:
         draw_memory(result, args.plot)
     if args.tune:
@@ -56,10 +55,6 @@ def run(args: argparse.Namespace) -> int:
         save_tuning(tuning)
     print_result(args, bench_text(result), bench_fields(result))
     return 0
-
-
-def _tell(text: str) -> None:
-    print(f"{NAME}: {text}", file=sys.stderr)
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
+import time
+from functools import partial
+
+import mlx.core as mx
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
 from mlx_vae_tiling.cli.fetch import locate_aloud
 from mlx_vae_tiling.cli.plan import add_planning, plan_for
-from mlx_vae_tiling.cli.printing import print_result, report_fields
+from mlx_vae_tiling.cli.printing import plan_text, print_error, print_news, print_result, report_fields
 from mlx_vae_tiling.media.places import same_file
+from mlx_vae_tiling.runtime.autotune import plan_to_run
+from mlx_vae_tiling.runtime.crew import Crew, joined
+from mlx_vae_tiling.runtime.forms import expected_seconds
+from mlx_vae_tiling.runtime.meeting import launched
 from mlx_vae_tiling.runtime.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -23,7 +33,11 @@ EXAMPLES = """
   mlx-vae-tiling decode shot.latent --vae Kijai/LTX2.3_comfy -o shot.mov --fps 24000/1001
   mlx-vae-tiling decode shot.npy --vae ltx-2-vae/ -o part.npy --frames 24:48 --crop 0:256,128:384
   mlx-vae-tiling decode shot.safetensors --preview taeltx2_3.safetensors -o preview.mp4
-  mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30"""
+  mlx-vae-tiling decode packed.pt --vae vae.safetensors -o frames/ --latent-size 16x17x30
+  mlx.launch --hosts a,b -- mlx-vae-tiling decode shot.safetensors --vae ltx-2.3 -o shot.mp4"""
+
+STEP_SECONDS = 15
+"""After the failure of another rank; by then most steps of a decoder have come to their end."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -54,15 +68,41 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decodes and prints the report; returns the exit status."""
+    """Decodes and prints the report; returns the exit status.
+
+    Where a launcher has started several processes, each computes its part, and rank 0 writes and prints.
+    """
+    group = mx.distributed.init() if launched() else None
+    if group is None or group.size() == 1:
+        return _decode(args, None)
+    with joined(group) as crew:
+        threading.Thread(target=_end_in_time, args=[crew], daemon=True).start()
+        args.quiet = args.quiet or crew.rank > 0
+        return _decode(args, crew)
+
+
+def _end_in_time(crew: Crew) -> None:
+    """Ends the process some time after another one has failed, however long its step takes.
+
+    What is kept is complete at any moment.
+    """
+    error = crew.failure()
+    time.sleep(STEP_SECONDS)
+    print_error(str(error))
+    os._exit(2)
+
+
+def _decode(args: argparse.Namespace, crew: Crew | None) -> int:
     if same_file(args.latents, args.output):
         raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
     saved = latents_for(args, decoder)
-    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps)
-    if not args.quiet:
-        print(plan, file=sys.stderr)
-    plan.require_fit()
+    planner = partial(plan_to_run, tell=_silent if args.quiet else print_news)
+    plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps, planner)
+    if crew is None:
+        if not args.quiet:
+            print(plan_text(plan, expected_seconds(decoder, plan)), file=sys.stderr)
+        plan.require_fit()
     report = decode_to_file(
         decoder,
         saved.latents,
@@ -75,10 +115,16 @@ def run(args: argparse.Namespace) -> int:
         quality=args.quality,
         plan=plan,
         progress=not args.quiet,
+        group=crew,
         **decoding_options(args),
     )
-    print_result(args, report, report_fields(report))
+    if crew is None or crew.rank == 0:
+        print_result(args, report, report_fields(report))
     return 0
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:

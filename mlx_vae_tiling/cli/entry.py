@@ -10,15 +10,21 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli.decode import resumable
 from mlx_vae_tiling.cli.parser import new_parser
 from mlx_vae_tiling.cli.printing import NAME, print_error, print_warning
 from mlx_vae_tiling.media.audio import AudioWarning
+from mlx_vae_tiling.runtime.tuning import TuningWarning
 
-OURS = (CheckpointWarning, AudioWarning)
+OURS: dict[type[Warning], Literal["always", "default"]] = {
+    CheckpointWarning: "always",
+    AudioWarning: "always",
+    TuningWarning: "default",
+}
+"""Our warnings, and how often they are printed; "default": once a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +58,13 @@ def _warnings_in_one_line() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, OURS):
+            if issubclass(category, tuple(OURS)):
                 print_warning(" ".join(str(message).split()))
             else:
                 others(message, category, *where, **more)
 
-        for ours in OURS:
-            warnings.simplefilter("always", ours)
+        for ours, often in OURS.items():
+            warnings.simplefilter(often, ours)
         warnings.showwarning = show
         yield
 

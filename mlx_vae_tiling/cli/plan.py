@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
 from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_tiling, parse_window
-from mlx_vae_tiling.cli.printing import plan_fields, print_error, print_result
+from mlx_vae_tiling.cli.printing import plan_fields, plan_text, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
 from mlx_vae_tiling.runtime.forms import expected_seconds
@@ -48,10 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a plan is for LATENTS or for --shape FxHxW, give one of them")
     shape = (1, config.latent_channels, *size) if size else read_given_latents(args, config).latents.shape
     plan = plan_for(args, config, shape, parse_dtype(args.dtype or stored))
-    seconds, text = expected_seconds(build_decoder(config), plan), str(plan)
-    if seconds is not None:
-        text += f"\ntime     {seconds:.3g} s of convolutions, at the rates measured here"
-    print_result(args, text, {**plan_fields(plan), "seconds": seconds})
+    seconds = expected_seconds(build_decoder(config), plan)
+    print_result(args, plan_text(plan, seconds), {**plan_fields(plan), "seconds": seconds})
     try:
         plan.require_fit()
     except ValueError as error:
@@ -72,7 +71,7 @@ def add_planning(command: argparse.ArgumentParser, required: bool = True) -> Non
         help="none: exact, the default; default, aggressive, "
         "conservative, auto: blended tiles; a number: windows that see this many latents around them",
     )
-    add("--no-tune", action="store_true", help="ignore what bench --tune measured")
+    add("--no-tune", action="store_true", help="measure no form of convolution, and take none for that")
     add("--frames", metavar="A:B", help="only frames A to B-1; A or B may be left out")
     add("--crop", metavar="TOP:BOTTOM,LEFT:RIGHT", help="only these rows and columns of pixels")
     add("--dtype", choices=[kind.name for kind in FLOAT_TYPES], help="of the weights; default: as stored")
@@ -92,10 +91,11 @@ def plan_for(
     shape: tuple[int, ...],
     dtype: mx.Dtype,
     inference_steps: int | None = None,
+    planner: Callable[..., DecodePlan] = plan_decode,
 ) -> DecodePlan:
     """Plans a decode as the arguments say."""
     config = decoder.config if isinstance(decoder, StreamingDecoder) else decoder
-    return plan_decode(
+    return planner(
         decoder,
         shape,
         memory_limit=args.memory,

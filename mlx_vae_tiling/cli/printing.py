@@ -12,7 +12,7 @@ from typing import Any
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.run import DecodeReport
+from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
@@ -49,6 +49,18 @@ def plan_fields(plan: DecodePlan) -> dict[str, Any]:
         "chunk_bytes": plan.chunk_bytes,
         "fits": plan.fits,
     }
+
+
+def plan_text(plan: DecodePlan, seconds: float | None) -> str:
+    """A plan in a few lines, with the seconds that are expected of it where they are known."""
+    if seconds is None:
+        return str(plan)
+    return f"{plan}\ntime     {seconds:.3g} s of convolutions, at the rates measured here"
+
+
+def print_news(text: str) -> None:
+    """Prints what is being done as one line to stderr."""
+    print(f"{NAME}: {text}", file=sys.stderr)
 
 
 def report_fields(report: DecodeReport) -> dict[str, Any]:

@@ -6,13 +6,23 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.measure import Pass, machine_of, measure_form, pass_rates, product_rate, work_of
+from mlx_vae_tiling.runtime.measure import (
+    Pass,
+    machine_of,
+    measure_form,
+    operations_of,
+    pass_rates,
+    product_rate,
+    sample_of,
+    work_of,
+)
+from mlx_vae_tiling.runtime.memory import PeakMeter
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.runtime.run import decode_frames
@@ -55,7 +65,7 @@ class Decode(NamedTuple):
         plan: How it was planned.
         frames, seconds: That came out, and what that took.
         longest_seconds: For one piece.
-        peak_bytes: Of MLX's memory.
+        peak_bytes: Of the memory for arrays, as the plan counts it.
         evaluation_seconds: The longest evaluation, where the backend waits for each; else 0.
         memory: Seconds since it began, and bytes that MLX held then.
     """
@@ -140,18 +150,17 @@ def bench(
     plan = plan_decode(decoder, latents.shape, memory_limit=memory_limit)
     tell("products and passes")
     steps = decoder.steps(decoder.options(), latents.dtype)
-    work = work_of(steps, plan.output, plan.latent_frames_per_step)
+    work = work_of(steps, plan.output, plan.latent_frames_per_step, plan.max_chunk_frames)
     slowness = 1 if backend.device_memory() else 100
     product = product_rate(512 if quick else 4096 if slowness == 1 else 1024, dtype)
     passes = pass_rates(work[0].level, work[0].frames, dtype) if work else []
     total, forms = sum(one.operations for one in work), []
     for level, frames, operations in work[: 2 if quick else None]:
         tell(f"forms at {level}")
-        single = 54 * level.channels_in * level.channels_out * level.height * level.width
-        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // single)))
-        trials = [
-            measure_form(backend, form, level, frames, dtype, 1 if quick else 3) for form in backend.forms
-        ]
+        frames = max(1, min(frames, int(TRIAL_OPERATIONS / slowness // operations_of(level, 1))))
+        sample = sample_of(backend, level, frames, dtype)
+        trials = [measure_form(backend, form, sample, 1 if quick else 3) for form in backend.forms]
+        del sample
         chosen = choose(trials, ERROR_BOUNDS[machine.dtype], backend.default_form(dtype))
         forms.append(Forms(level, frames, operations / total, trials, chosen))
     decodes = []
@@ -166,7 +175,7 @@ def _variants(decoder: StreamingDecoder, plan: DecodePlan, quick: bool) -> Itera
     shape, limit = plan.latent_shape, plan.memory_limit
 
     def planned(budget: int = limit, **options: Any) -> DecodePlan:
-        return plan_decode(decoder, shape, memory_limit=budget, **options)
+        return plan_decode(decoder, shape, memory_limit=budget, backend=plan.backend, **options)
 
     whole = planned(chunk=(shape[2], None))
     if whole.fits:
@@ -207,29 +216,34 @@ def _in_windows(planned: Callable[..., DecodePlan], plan: DecodePlan) -> DecodeP
 
 
 def _policies(plan: DecodePlan) -> Iterator[tuple[str, DecodePlan]]:
-    form = plan.backend.form
-    yield "nothing waited for", replace(plan, backend=Policy(form=form, waits=False))
-    yield "cache of one chunk", replace(plan, backend=Policy(form=form, cache=plan.chunk_bytes))
-    yield "no cache", replace(plan, backend=Policy(form=form, cache=1))
+    yield "nothing waited for", replace(plan, backend=_policy(plan.backend, waits=False))
+    yield "cache of one chunk", replace(plan, backend=_policy(plan.backend, cache=plan.chunk_bytes))
+    yield "no cache", replace(plan, backend=_policy(plan.backend, cache=1))
+
+
+def _policy(backend: Backend, **rules: Any) -> Policy:
+    """A backend's forms under other rules."""
+    return Policy(**{one.name: getattr(backend, one.name) for one in fields(backend)}, **rules)
 
 
 def _decode(decoder: StreamingDecoder, latents: mx.array, name: str, plan: DecodePlan) -> Decode:
     evaluations: list[float] = []
     if type(plan.backend) is MetalBackend:
-        plan = replace(plan, backend=Policy(form=plan.backend.form, evaluations=evaluations))
+        plan = replace(plan, backend=_policy(plan.backend, evaluations=evaluations))
     weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
     mx.clear_cache()
-    before, peak, frames, longest = mx.get_active_memory() - weights, 0, 0, 0.0
-    mx.reset_peak_memory()
+    before, frames, longest = mx.get_active_memory() - weights, 0, 0.0
+    backend = plan.backend.opened()
+    meter = PeakMeter(before, backend)
     with _sampled(before) as memory:
         began = last = time.perf_counter()
-        for piece in decode_frames(decoder, latents, plan=plan):
-            peak = max(peak, mx.get_peak_memory())
+        for piece in decode_frames(decoder, latents, plan=replace(plan, backend=backend)):
+            meter.read()
             frames += len(piece)
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
         seconds = time.perf_counter() - began
-    peak = max(peak, mx.get_peak_memory()) - before
-    return Decode(name, plan, frames, seconds, longest, peak, max(evaluations, default=0.0), memory)
+    meter.read()
+    return Decode(name, plan, frames, seconds, longest, meter.highest, max(evaluations, default=0.0), memory)
 
 
 @contextlib.contextmanager

@@ -42,14 +42,26 @@ class Part(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes that last from chunk to chunk, bytes that one chunk adds, and elements of the largest array."""
+    """What a stream takes besides the weights, in bytes.
+
+    Attributes:
+        state: What lasts from chunk to chunk.
+        chunk: What one chunk adds.
+        workspace: Outside MLX.
+        elements: Of the largest array.
+    """
 
     state: int
     chunk: int
+    workspace: int
     elements: int
 
     @property
     def total(self) -> int:
+        return self.of_mlx + self.workspace
+
+    @property
+    def of_mlx(self) -> int:
         return self.state + self.chunk
 
 
@@ -156,7 +168,7 @@ class CostModel:
         frame[:-1] *= self.dtype.size
         frame[-1] *= itemsize
         taken = [self._taken(chunk, regions) for chunk in trace.chunks]
-        most = np.array([nbytes for nbytes, _ in taken])[trace.computing[:, 0]]
+        most = np.array([t.nbytes for t in taken])[trace.computing[:, 0]]
         at_once = [int((trace.computing[:, 1:] @ frame + most).max())]
         if len(trace.copying):
             at_once.append(int((trace.copying @ frame).max()))
@@ -164,7 +176,8 @@ class CostModel:
         piece = max(chunk.stop - chunk.start for chunk in trace.chunks if chunk.step == len(self.steps) - 1)
         at_once.append(state + int(frame[-1]) * piece + finishing_bytes(plane, itemsize))
         ahead = self.backend.pieces_ahead * int(frame[-1]) * piece
-        return Cost(state, max(at_once) + ahead - state, max(elements for _, elements in taken))
+        workspace, elements = max(t.workspace for t in taken), max(t.elements for t in taken)
+        return Cost(state, max(at_once) + ahead - state, workspace, elements)
 
     def _taken(self, chunk: Chunk, regions: Sequence[Region]) -> Taken:
         step, output = self.steps[chunk.step], regions[chunk.step].over(chunk.start, chunk.stop)

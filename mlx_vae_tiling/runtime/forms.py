@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -20,6 +20,11 @@ from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.metal import MetalBackend
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Step
+
+FULL_HD = 1920 * 1088
+
+SMALLEST_BLOCK_BYTES = 128 * 2**20
+"""Smaller ones took 0.9 of the time of "folded" on the modelled GPU, and many launches."""
 
 
 def tuned_backend(
@@ -44,10 +49,52 @@ def tuned_backend(
     tuning = load_tuning() if tuning is None else tuning
     forms = {
         channels: cast(ConvolutionForm, tuning.form(machine, work.level, default))
-        for channels, work in _by_channels(steps, everything).items()
+        for channels, work in levels_of(steps, everything).items()
     }
     better = tuple((channels, form) for channels, form in forms.items() if form != default)
     return replace(backend, tuned=better)
+
+
+def in_blocks(backend: Backend, everything: Region, budget: int) -> list[Backend]:
+    """The backend with smaller and smaller blocks of "winograd32", if it takes that form.
+
+    A block's bytes decide where rows are cut, and so they are of a plan, not of a window or a chunk. The
+    first are twice as large for twice the area of full HD, where a budget of eight times that allows it:
+    on the modelled GPU that took 0.83 of the time at 3840x2176, and at smaller sizes as long as before.
+
+    Args:
+        backend, everything: As `tuned_backend`.
+        budget: Bytes that the decode may take.
+    """
+    if not isinstance(backend, MetalBackend):
+        return [backend]
+    if "winograd32" not in (backend.form, *(form for _, form in backend.tuned)):
+        return [backend]
+    size = backend.block_bytes
+    while 2 * size * FULL_HD <= backend.block_bytes * everything.area and 2 * size <= budget // 8:
+        size *= 2
+    count = max(0, (size // SMALLEST_BLOCK_BYTES).bit_length() - 1)
+    return [replace(backend, block_bytes=size >> n) for n in range(count + 1)]
+
+
+def fewest_windows(planned: Callable[[Backend], DecodePlan], backends: list[Backend]) -> DecodePlan:
+    """The plan that repeats least: a faster form that takes so much memory that halos are repeated is none.
+
+    Args:
+        planned: Plans with a backend.
+        backends: The fastest first, then what takes less memory.
+    """
+    best = planned(backends[0])
+    # Where the first does not fit, the search for windows is long, and only the smallest are tried.
+    for backend in backends[1:] if best.fits else backends[1:][-2:]:
+        if best.fits and len(best.parts) == 1:
+            break
+        other = planned(backend)
+        if best.fits and other.fits:
+            best = min(best, other, key=lambda plan: len(plan.parts))
+        elif not best.fits:
+            best = min(other, best, key=lambda plan: (not plan.fits, plan.peak_bytes))
+    return best
 
 
 def measured_seconds(
@@ -65,7 +112,7 @@ def measured_seconds(
         parts: What is decoded.
     """
     tuning = load_tuning() if tuning is None else tuning
-    machine, levels = machine_of(backend, dtype), _by_channels(steps, everything)
+    machine, levels = machine_of(backend, dtype), levels_of(steps, everything)
     if not levels:
         return None
     seconds = 0.0
@@ -86,7 +133,9 @@ def measured_seconds(
 def expected_seconds(
     decoder: StreamingDecoder, plan: DecodePlan, tuning: Tuning | None = None
 ) -> float | None:
-    """How long the convolutions of a plan take at the rates measured here; None where one was not.
+    """How long the convolutions of a plan take at the rates measured here.
+
+    None where one was not measured, and for decoders that have no such convolutions.
 
     Args:
         decoder: For which the plan was made; its weights are not looked at.
@@ -95,16 +144,25 @@ def expected_seconds(
     """
     steps = decoder.steps(decoder.options(causal=plan.causal))
     everything = Window().region(*decoder.output_shape(plan.latent_shape)[2:])
-    dtype = parse_dtype(plan.dtype)
-    seconds = measured_seconds(plan.backend, steps, everything, plan.parts, dtype, tuning)
+    dtype, batch = parse_dtype(plan.dtype), plan.latent_shape[0]
     # Tiles that are blended are one part, of which some is decoded several times.
-    repeats = plan.recompute if isinstance(plan.tiling, TilingConfig) else 1
+    repeats = batch * (plan.recompute if isinstance(plan.tiling, TilingConfig) else 1)
+    seconds = measured_seconds(plan.backend, steps, everything, plan.parts, dtype, tuning)
     return None if seconds is None else seconds * repeats
 
 
-def _by_channels(steps: Sequence[Step], everything: Region) -> dict[tuple[int, int], Work]:
-    """Of all convolutions with the same channels, those with most operations."""
+def levels_of(
+    steps: Sequence[Step], everything: Region, latent_frames: int = 1
+) -> dict[tuple[int, int], Work]:
+    """The convolutions that are measured, by channels in and out, those with most operations first.
+
+    Of all with the same channels, that is, those with most operations.
+
+    Args:
+        steps, everything: As `tuned_backend`.
+        latent_frames: Taken in at a time.
+    """
     found: dict[tuple[int, int], Work] = {}
-    for work in work_of(steps, everything, 1):
+    for work in work_of(steps, everything, latent_frames):
         found.setdefault((work.level.channels_in, work.level.channels_out), work)
     return found

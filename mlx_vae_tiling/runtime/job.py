@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.runtime.autotune import plan_to_run
 from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
 from mlx_vae_tiling.runtime.frames import Frames, finish
 from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
 from mlx_vae_tiling.vae.schedule import Pace
-
-SMALLEST_CACHE_BYTES = 2**20
-
-SIGNS_OF_THE_DEVICE = ("[METAL]", "malloc]", "Unable to allocate")
-"""In what MLX raises where a command buffer or an allocation failed; anything else is an error of ours."""
 
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 
@@ -54,6 +52,13 @@ class Failure(NamedTuple):
         )
 
 
+@dataclass
+class Spent:
+    """Adds up the seconds that computing takes; what the consumer does meanwhile is not counted."""
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Job:
     """A decode and everything it depends on.
@@ -64,9 +69,12 @@ class Job:
         plan: For them; it fits.
         options: Of the decode.
         kind: Of the frames that are wanted: one of `frames.KINDS`, or "unit".
-        meter: Of MLX's memory.
+        backend: The plan's, opened.
+        meter: Of the memory for arrays.
         noise: Of the whole video.
         checked: Whether frames are looked at for faults.
+        spent: What decoding has taken.
+        watch: Called before every step of the decoder; what it raises ends the decode.
     """
 
     decoder: StreamingDecoder
@@ -74,9 +82,12 @@ class Job:
     plan: DecodePlan
     options: DecodeOptions
     kind: str
+    backend: Backend
     meter: PeakMeter
     noise: Noise
     checked: bool = True
+    spent: Spent = field(default_factory=Spent)
+    watch: Callable[[], object] | None = None
 
     @classmethod
     def prepare(
@@ -88,6 +99,7 @@ class Job:
         plan: DecodePlan | None,
         checked: bool = True,
         noise: mx.array | None = None,
+        fitting: bool = True,
         **planning: Any,
     ) -> Job:
         """Checks all of it, and plans the decode where there is no plan yet.
@@ -96,38 +108,51 @@ class Job:
             decoder, latents, options, kind, checked: As `Job`.
             plan: For these latents; None to make one.
             noise: In place of that of the options' seed.
-            **planning: As `plan_decode`.
+            fitting: Whether the plan has to fit.
+            **planning: As `plan_to_run`.
 
         Raises:
             ValueError: If something does not fit something else.
+            RuntimeError: If the device fails twice.
         """
         decoder.check(latents, options)
-        bad = [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
-        if checked and bad:
+        bad = tried_twice(lambda: _not_finite(latents), "looking at the latents") if checked else []
+        if bad:
             raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {bad}")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
-            plan = plan_decode(decoder, latents.shape, **planning)
+            plan = plan_to_run(decoder, latents.shape, **planning)
         plan.require_match(decoder, latents.shape, options)
-        plan.require_fit()
+        if fitting:
+            plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
-        mx.eval(weights)
-        others = mx.get_active_memory() - sum(value.nbytes for value in weights)
         noise_of_video = decoder.noise(latents.shape, options, noise)
-        return cls(decoder, latents, plan, options, kind, PeakMeter(others), noise_of_video, checked)
+        given = [] if noise_of_video.given is None else [noise_of_video.given]
+        # Whichever thread goes on, it cannot compute what this one has only scheduled.
+        tried_twice(lambda: mx.eval(latents, weights, given), "reading the weights")
+        others = mx.get_active_memory() - sum(value.nbytes for value in weights)
+        backend = plan.backend.opened()
+        meter = PeakMeter(others, backend)
+        return cls(decoder, latents, plan, options, kind, backend, meter, noise_of_video, checked)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.float32 if self.kind == "unit" else self.kind)
 
-    def planned_anew(self, parts: tuple[Part, ...]) -> Job:
-        """The same job for parts that an earlier run has begun, under this run's limit."""
+    def as_begun(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
+        """The job that an earlier run has begun, with its parts and its forms, under this run's limit."""
+        if (parts, arithmetic) == (self.plan.parts, self.plan.backend.arithmetic):
+            return self
+        return self.planned_anew(parts, arithmetic)
+
+    def planned_anew(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
+        """The same job for these parts, computed in these forms, under this run's limit."""
         old = self.plan
         plan = plan_decode(
             self.decoder,
             old.latent_shape,
             memory_limit=old.memory_limit,
-            backend=old.backend,
+            backend=old.backend.computing_as(arithmetic),
             tiling=old.tiling,
             window=None if isinstance(old.tiling, TilingConfig) else old.output.window,
             causal=old.causal,
@@ -135,7 +160,8 @@ class Job:
             parts=parts,
         )
         plan.require_fit()
-        return replace(self, plan=plan)
+        self.meter.backend = plan.backend.opened()
+        return replace(self, plan=plan, backend=self.meter.backend)
 
     def decode(
         self, part: Part, done: int = 0, report: Callable[[int], object] | None = None
@@ -155,7 +181,7 @@ class Job:
             ArithmeticError: If frames are wrong also the second time.
             RuntimeError: If the device fails also the second time.
         """
-        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames)
+        pace = Pace(self.plan.latent_frames_per_step, self.plan.max_chunk_frames, self.watch)
         origin, stop, _ = part.pixels.time
         failed_at, start, may_grow = -1, origin + done, self.plan.limited_by == MEMORY
         while start < stop:
@@ -164,9 +190,11 @@ class Job:
                 began = time.perf_counter()
                 with self._limits():
                     frames, failure = self._next(pieces)
+                    seconds = time.perf_counter() - began
+                    self.spent.seconds += seconds
                     if failure is None:
                         count = frames.shape[2 if self.kind == "unit" else 0]
-                        may_grow = self._correct(pace, count, time.perf_counter() - began, may_grow)
+                        may_grow = self._correct(pace, count, seconds, may_grow)
                 if failure is None:
                     start += count
                     if report:
@@ -189,22 +217,22 @@ class Job:
             # The failure of a command buffer may be told of by a later call only.
             mx.synchronize()
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in SIGNS_OF_THE_DEVICE):
+            if not of_the_device(error):
                 raise
             return NO_FRAMES, Failure(error=error)
         return frames, Failure(tuple(faults)) if faults and self.checked else None
 
     def _limits(self) -> Any:
-        limit = self.plan.memory_limit + self.meter.others
-        cache = self.plan.backend.cache_bytes(limit, max(self.plan.chunk_bytes, SMALLEST_CACHE_BYTES))
-        return memory_limits(limit, cache=cache)
+        limit = self.plan.memory_limit - self.plan.workspace_bytes + self.meter.others
+        return memory_limits(limit, cache=self.backend.cache_bytes(limit, self.plan.chunk_bytes))
 
     def _stream(self, part: Part, start: int, pace: Pace) -> Iterator[mx.array]:
-        """Pieces of one part from output frame `start` on."""
+        """Pieces of one part from output frame `start` on; nothing is computed until one is asked for."""
         decoder, plan, options = self.decoder, self.plan, self.options
         if isinstance(plan.tiling, TilingConfig):
-            pieces = decoder.run_tiled(self.latents, options, plan.tiling, plan.backend, noise=self.noise)
-            return _skip(pieces, start)
+            pieces = decoder.run_tiled(self.latents, options, plan.tiling, self.backend, noise=self.noise)
+            yield from _skip(pieces, start)
+            return
         _, rows, columns = part.latents
         latents = self.latents[..., rows.slice, columns.slice]
         noise = self.noise.at((0, rows.start, columns.start))
@@ -212,7 +240,7 @@ class Job:
         pixels = pixels.over(start, pixels.time.stop)
         # Integers are made of what was computed, and not of that in the latents' dtype.
         dtype = latents.dtype if self.kind == "unit" else decoder.dtype
-        return decoder.run(latents, options, pixels, pace, noise, plan.backend, dtype)
+        yield from decoder.run(latents, options, pixels, pace, noise, self.backend, dtype)
 
     def _correct(self, pace: Pace, frames: int, seconds: float, may_grow: bool) -> bool:
         """Adapts the chunks to what was measured, once they have reached their steady size.
@@ -231,6 +259,11 @@ class Job:
         elif may_grow and used < 0.8 * plan.peak_bytes and 2 * used - plan.lasting_bytes <= plan.memory_limit:
             pace.double(scale)
         return False
+
+
+def _not_finite(latents: mx.array) -> list[int]:
+    """The latent frames with values that are not finite."""
+    return [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
 
 
 def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:

@@ -34,20 +34,25 @@ class Journal:
         parts: What is decoded one after the other.
         shape: (F, H, W, 3) of the output.
         fingerprint: What the frames depend on, by name.
+        arithmetic: Of the backend that the decode was begun with, whose forms another run takes over: what
+            was measured since would change the rounding.
         done: Finished frames of each part; of a single part the unfinished output itself tells.
         replaces: The file that had the output's name when the decode began, by `identity`.
+        first: Frames that are in the output alone, and not in the store.
     """
 
     folder: Path
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     fingerprint: dict[str, str]
+    arithmetic: dict[str, Any]
     done: list[int] | None
     replaces: Identity | None
+    first: int = 0
 
     @classmethod
     def read(cls, folder: Path, plan: DecodePlan, fingerprint: dict[str, str]) -> Journal:
-        """The journal that is there, with the parts its decode was begun with.
+        """The journal that is there, with the parts and the arithmetic its decode was begun with.
 
         Raises:
             ValueError: If it cannot be read or tells of another decode.
@@ -55,9 +60,11 @@ class Journal:
         place = folder / "journal.json"
         try:
             told = read_told(folder)
-            parts = tuple(_read_part(part) for part in told["parts"])
+            parts = tuple(read_part(part) for part in told["parts"])
             done = None if told["done"] is None else [int(n) for n in told["done"]]
             shape, begun = tuple(told["shape"]), dict(told["fingerprint"])
+            arithmetic = dict(told["arithmetic"])
+            first = int(told["first"])
             replaces = None if told["replaces"] is None else tuple(map(int, told["replaces"]))
             if not parts or (done is not None and len(done) != len(parts)):
                 raise ValueError(f"{done} finished frames of {len(parts)} parts")
@@ -70,7 +77,11 @@ class Journal:
                 f"{', '.join(changed) or 'size'} differs from {place}; "
                 f"delete {folder} and begin again with overwrite=True, --overwrite"
             )
-        return cls(folder, parts, shape, fingerprint, done, replaces)
+        try:
+            plan.backend.computing_as(arithmetic)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise unreadable(folder, error) from error
+        return cls(folder, parts, shape, fingerprint, arithmetic, done, replaces, first)
 
     def write(self) -> None:
         """Replaces what is there."""
@@ -120,7 +131,8 @@ def hash_of(array: mx.array) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _read_part(spans: list[list[list[int]]]) -> Part:
+def read_part(spans: list[list[list[int]]]) -> Part:
+    """A part as JSON has it."""
     pixels, latents = (Region(*(Span(*map(int, span)) for span in box)) for box in spans)
     return Part(pixels, latents)
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_vae_tiling.runtime.tuning import Level, Machine, Trial
-from mlx_vae_tiling.vae.backend import Backend
+from mlx_vae_tiling.vae.backend import Backend, ConvolutionSize
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.convolution_gpu import fold
+from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
 from mlx_vae_tiling.vae.regions import Convolution, Region
-from mlx_vae_tiling.vae.schedule import Step, frames_per_latent, regions_of
+from mlx_vae_tiling.vae.schedule import Pace, Step, frames_per_latent, regions_of
 
 ERROR_SIDE = 68
 """Rows and columns on which errors are measured: enough positions for any kernel to be taken."""
@@ -50,21 +51,25 @@ def machine_of(backend: Backend, dtype: mx.Dtype) -> Machine:
     return Machine(name, str(vars(mx)["__version__"]), str(dtype).removeprefix("mlx.core."))
 
 
-def work_of(steps: Sequence[Step], output: Region, latent_frames: int) -> list[Work]:
+def work_of(
+    steps: Sequence[Step], output: Region, latent_frames: int, max_chunk_frames: int | None = None
+) -> list[Work]:
     """The kinds of convolution of a decoder, those with most operations first.
 
     Args:
         steps: The decoder.
         output: What is decoded.
         latent_frames: Taken in at a time.
+        max_chunk_frames: Bounds the frames of a chunk.
     """
+    pace = Pace(latent_frames, max_chunk_frames)
     found: dict[Level, Work] = {}
     for step, region, scale in zip(steps, regions_of(steps, output), frames_per_latent(steps), strict=True):
         if not step.operations or not isinstance(step.reads[0].need, Convolution):
             continue
         channels = step.operations // (54 * step.channels), step.channels
         level = Level(region.height.length, region.width.length, *channels)
-        frames = min(scale * latent_frames, region.time.length)
+        frames = min(pace.limit(scale), region.time.length)
         before = found.get(level, Work(level, frames, 0))
         found[level] = before._replace(operations=before.operations + step.operations * region.volume)
     return sorted(found.values(), key=lambda work: -work.operations)
@@ -82,22 +87,76 @@ def timed(run: Callable[[], mx.array], repeats: int = 3) -> float:
     return min(seconds[1:])
 
 
-def measure_form(
-    backend: Backend, form: ConvolutionForm, level: Level, frames: int, dtype: mx.Dtype, repeats: int = 3
-) -> Trial:
-    """Times a form at a level, and measures its error on a part of it against float32 on this device."""
+class Sample(NamedTuple):
+    """Operands of a convolution, and what errors are measured by.
+
+    Args:
+        level: The kind of convolution, with as many rows as are computed.
+        x, weight, bias: In the decoder's dtype.
+        reference: The result of a part, in float32 on the same device.
+    """
+
+    level: Level
+    x: mx.array
+    weight: mx.array
+    bias: mx.array
+    reference: mx.array
+
+    @property
+    def part(self) -> mx.array:
+        """The input of the reference."""
+        return mx.contiguous(self.x[:, :4, :ERROR_SIDE, :ERROR_SIDE])
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions."""
+        return operations_of(self.level, self.x.shape[1] - 2)
+
+
+def sample_of(backend: Backend, level: Level, frames: int, dtype: mx.Dtype) -> Sample:
+    """Random operands at a level."""
     x, weight, bias = _operands(level, frames, dtype)
+    given = Sample(level, x, weight, bias, bias)
+    x32, weight32, bias32 = (array.astype(mx.float32) for array in (given.part, weight, bias))
+    plain = replace(backend, form=backend.default_form(mx.float32))
+    reference = plain.convolution(x32, weight32, bias32, AROUND)
+    mx.eval(reference)
+    return given._replace(reference=reference)
+
+
+def error_of(backend: Backend, form: ConvolutionForm, sample: Sample) -> float:
+    """The root mean square error of a form over that of the reference's values."""
+    y = replace(backend, form=form).convolution(sample.part, sample.weight, sample.bias, AROUND)
+    difference = y.astype(mx.float32) - sample.reference
+    error: Any = mx.sqrt(mx.mean(difference**2) / mx.mean(sample.reference**2)).item()
+    return float(error)
+
+
+def seconds_of(backend: Backend, form: ConvolutionForm, sample: Sample, repeats: int) -> float:
+    """What a form takes: the least of some runs."""
     chosen = replace(backend, form=form)
-    seconds = timed(lambda: chosen.convolution(x, weight, bias, AROUND), repeats)
-    part = mx.contiguous(x[:, : min(frames, 2) + 2, :ERROR_SIDE, :ERROR_SIDE])
-    exact, weight32, bias32 = (array.astype(mx.float32) for array in (part, weight, bias))
-    reference = replace(backend, form=None).convolution(exact, weight32, bias32, AROUND)
-    difference = chosen.convolution(part, weight, bias, AROUND).astype(mx.float32) - reference
-    error: Any = mx.sqrt(mx.mean(difference**2) / mx.mean(reference**2)).item()
-    return Trial(form, seconds, float(error), _operations(level, frames))
+    return timed(lambda: chosen.convolution(sample.x, sample.weight, sample.bias, AROUND), repeats)
 
 
-def _operations(level: Level, frames: int) -> float:
+def measure_form(backend: Backend, form: ConvolutionForm, sample: Sample, repeats: int = 3) -> Trial:
+    """Time and error of a form."""
+    seconds = seconds_of(backend, form, sample, repeats)
+    return Trial(form, seconds, error_of(backend, form, sample), sample.operations)
+
+
+def sample_bytes(backend: Backend, form: ConvolutionForm, level: Level, frames: int, dtype: mx.Dtype) -> int:
+    """What measuring a form at a level takes: operands, weights in float32 too, and what the form takes."""
+    h, w, c, o = level
+    given, made, weights = (frames + 2) * h * w * c, frames * h * w * o, 27 * c * o
+    operands = Operands(1, frames, h, w, c, o, dtype.size, ((0, 0), AROUND.rows, AROUND.columns))
+    padded = (frames + 2) * (h + 2) * (w + 2) * c
+    size = ConvolutionSize(given, h * w * c, padded, made, weights, False, operands)
+    taken = replace(backend, form=form).convolution_bytes(size, dtype.size)
+    return taken + dtype.size * (given + weights) + 4 * weights
+
+
+def operations_of(level: Level, frames: int) -> float:
+    """Multiplications and additions of a convolution of so many frames."""
     return 54.0 * level.channels_in * level.channels_out * level.height * level.width * frames
 
 

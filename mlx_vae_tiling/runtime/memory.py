@@ -14,6 +14,7 @@ from numbers import Real
 import mlx.core as mx
 
 from mlx_vae_tiling.arguments import told
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import current_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -77,22 +78,25 @@ def memory_budget(limit: int | float | str | None = None) -> int:
 
 
 class PeakMeter:
-    """Measures the most that MLX holds, by MLX's own peak, which it resets.
+    """Measures the most that MLX holds, by MLX's own peak, which it resets, and a backend beside it.
 
     Args:
         others: Bytes that are held for other purposes, and do not count.
+        backend: Whose memory outside MLX counts too.
 
     Attributes:
         highest: The most at any reading.
     """
 
-    def __init__(self, others: int = 0):
-        self.others, self.highest = others, 0
+    def __init__(self, others: int = 0, backend: Backend | None = None):
+        self.others, self.backend, self.highest = others, backend, 0
         mx.reset_peak_memory()
 
     def read(self) -> int:
         """The most that was held since the last `restart`."""
         peak = max(mx.get_peak_memory(), mx.get_active_memory()) - self.others
+        if self.backend:
+            peak += self.backend.held_workspace_bytes
         self.highest = max(self.highest, peak)
         return peak
 

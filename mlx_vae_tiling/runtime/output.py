@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from mlx_vae_tiling.media.places import BEGIN_AGAIN, partial_path
 from mlx_vae_tiling.media.space import disk_bytes
 from mlx_vae_tiling.media.video import first_file, open_video, unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
-from mlx_vae_tiling.runtime.journal import Journal, identity, locked
+from mlx_vae_tiling.runtime.cost import Part
+from mlx_vae_tiling.runtime.journal import Journal, identity, locked, read_part, unreadable
 from mlx_vae_tiling.runtime.journal_file import read_told
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.store import FrameStore
@@ -28,9 +29,10 @@ class DecodeOutput:
     """Where the frames of a decode go.
 
     Attributes:
-        journal: Its journal, with the parts that the decode was begun with.
+        journal: Its journal, with the parts and the arithmetic that the decode was begun with.
         writer: Takes the frames from `writer.frames_kept` on; None if an earlier run has completed it.
-        store: Keeps the frames of several windows; a single one needs none, as the output keeps them.
+        store: Keeps the frames of several parts; None where the output itself keeps them, of a single
+            part or of those that advance together.
         kept: Finished frames, all in all, of an earlier run.
     """
 
@@ -38,6 +40,18 @@ class DecodeOutput:
     writer: VideoWriter | None
     store: FrameStore | None
     kept: int
+
+    @property
+    def finished(self) -> int:
+        """Frames of all parts together that need not be decoded any more."""
+        if self.store is not None:
+            return sum(self.store.done)
+        return self.writer.frames_kept * len(self.journal.parts) if self.writer else 0
+
+
+def several(parts: tuple[Part, ...]) -> bool:
+    """Whether there are several parts, of which one process decodes one after the other."""
+    return len(parts) > 1
 
 
 @contextlib.contextmanager
@@ -49,6 +63,7 @@ def open_output(
     *,
     resume: bool,
     overwrite: bool,
+    stored: Callable[[tuple[Part, ...]], bool] = several,
     **options: Any,
 ) -> Iterator[DecodeOutput]:
     """Opens an output for one process. An exception leaves what there is, if it holds any frame.
@@ -60,6 +75,8 @@ def open_output(
         fingerprint: What they depend on.
         resume: Continues what is there, if there is something; it wins over overwrite.
         overwrite: Replaces what is there.
+        stored: Whether the frames of these parts, the plan's or an earlier run's, have to be kept beside
+            the output until they can be put together.
         **options: As `open_video`.
 
     Raises:
@@ -82,8 +99,14 @@ def open_output(
             # Who allowed a file to be replaced need not say so again.
             same = journal.replaces is not None and identity(first_file(path)) == journal.replaces
             writer = open_video(path, resume=True, overwrite=overwrite or same, **options)
+            if journal.done is None and stored(journal.parts):
+                _keep_apart(journal, writer.frames_kept, dtype)
+            if writer.frames_kept < journal.first:
+                counted = ValueError(f"{writer.frames_kept} frames in the output, of {journal.first}")
+                raise unreadable(folder, counted)
         else:
-            writer, journal = _begin(path, folder, plan, dtype, fingerprint, resume, overwrite, options)
+            begin = _begin(path, folder, plan, dtype, fingerprint, resume, overwrite, stored, options)
+            writer, journal = begin
         yield from _writing(path, journal, writer, dtype)
 
 
@@ -95,7 +118,7 @@ def _writing(
         store = FrameStore(journal.folder, journal.parts, journal.shape, dtype, journal)
     finished = False
     try:
-        kept = writer.frames_kept if store is None else min(store.done)
+        kept = writer.frames_kept if store is None else store.complete
         with writer:
             yield DecodeOutput(journal, writer, store, kept)
         finished = True
@@ -114,16 +137,18 @@ def _begin(
     fingerprint: dict[str, str],
     resume: bool,
     overwrite: bool,
+    stored: Callable[[tuple[Part, ...]], bool],
     options: dict[str, Any],
 ) -> tuple[VideoWriter, Journal]:
     if resume and not overwrite and (found := unfinished_frames(path)):
         text = f"an unfinished output is kept here, but not of which decode; {BEGIN_AGAIN}"
         raise FileExistsError(errno.EEXIST, text, found[0])
     shape = (plan.frames, *plan.size, 3)
-    _require_room(path, folder, shape, dtype, len(plan.parts), options["codec"], options["quality"])
+    done = [0] * len(plan.parts) if stored(plan.parts) else None
+    _require_room(path, folder, shape, dtype, done is not None, options["codec"], options["quality"])
     writer = open_video(path, overwrite=overwrite, **options)
-    done = [0] * len(plan.parts) if len(plan.parts) > 1 else None
-    journal = Journal(folder, plan.parts, shape, fingerprint, done, identity(first_file(path)))
+    replaces, arithmetic = identity(first_file(path)), plan.backend.arithmetic
+    journal = Journal(folder, plan.parts, shape, fingerprint, arithmetic, done, replaces)
     journal.write()
     # Frames of a decode that is begun again; the journal no longer counts them.
     (folder / "frames").unlink(missing_ok=True)
@@ -135,21 +160,30 @@ def _require_room(
     folder: Path,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    parts: int,
+    stored: bool,
     codec: str | None,
     quality: float | None,
 ) -> None:
-    """Several windows keep their frames a second time. What H.264 and HEVC need nobody knows before."""
+    """What is stored is kept a second time. What H.264 and HEVC need nobody knows before."""
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     known = not (suffix == ".mp4" or (suffix == ".mov" and codec not in (None, "prores")))
     needed = disk_bytes(path, shape, dtype, codec=codec, quality=quality) if known else 0
-    if parts > 1:
+    if stored:
         needed += int(np.prod(shape)) * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             errno.ENOSPC, f"the decoded frames need {needed} bytes, the disk has {free} free", str(folder)
         )
+
+
+def _keep_apart(journal: Journal, frames: int, dtype: np.dtype[Any]) -> None:
+    """Parts that advanced together up to a frame go on one by one, each from there."""
+    journal.done, journal.first = [frames] * len(journal.parts), frames
+    with open(journal.folder / "frames", "wb") as file:
+        # Of what the output holds already nothing is read again.
+        file.truncate(frames * int(np.prod(journal.shape[1:])) * dtype.itemsize)
+    journal.write()
 
 
 def _is_published(path: str | os.PathLike[str], journal: Journal) -> bool:
@@ -188,7 +222,8 @@ def finished_share(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
         told = read_told(folder)
         done, frames = told["done"], int(told["shape"][0])
         if done is not None:
-            return folder, float(sum(done) / (len(done) * frames))
+            lengths = [read_part(part).pixels.time.length for part in told["parts"]]
+            return folder, float(sum(done) / sum(lengths))
         kept = unfinished_frames(path)
         if kept is None:
             return None

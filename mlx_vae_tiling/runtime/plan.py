@@ -26,13 +26,13 @@ class DecodePlan:
         inference_steps: Denoising steps of a diffusion decoder.
         backend: What it runs on.
         output: The region of the output that is decoded.
-        parts: What is decoded one after the other, each over all frames.
+        parts: What is decoded one after the other, or by several machines.
         latent_frames_per_step: Latent frames taken in at a time.
         max_chunk_frames: Bound of the frames of a chunk in any layer; None for none.
         tiling: None for exact windows, blended tiles, or how many latents around them windows see.
-        peak_bytes: Predicted peak of MLX's memory, weights included.
-        weight_bytes, state_bytes, chunk_bytes: Of these, the weights, the frames that the layers
-            keep between chunks, and the rest.
+        peak_bytes: Predicted peak of the memory for arrays, weights included.
+        weight_bytes, state_bytes, workspace_bytes, chunk_bytes: Of these, the weights, the frames that the
+            layers keep between chunks, what the CPU computes in outside MLX, and the rest.
         memory_limit: The budget in bytes.
         operations: Multiplications and additions of all convolutions.
         recompute: Operations over those of the whole decode: 1.0 means that none is repeated.
@@ -55,6 +55,7 @@ class DecodePlan:
     peak_bytes: int
     weight_bytes: int
     state_bytes: int
+    workspace_bytes: int
     memory_limit: int
     operations: int
     recompute: float
@@ -78,8 +79,8 @@ class DecodePlan:
 
     @property
     def lasting_bytes(self) -> int:
-        """What does not depend on the size of chunks: weights and state."""
-        return self.weight_bytes + self.state_bytes
+        """What hardly depends on the size of chunks: weights, state and workspace."""
+        return self.weight_bytes + self.state_bytes + self.workspace_bytes
 
     @property
     def chunk_bytes(self) -> int:
@@ -128,7 +129,8 @@ class DecodePlan:
             "chunk": f"{step} (limited by {self.limited_by})",
             "peak": f"{format_bytes(self.peak_bytes)} of {format_bytes(self.memory_limit)}: "
             f"weights {format_bytes(self.weight_bytes)}, state {format_bytes(self.state_bytes)}, "
-            f"chunk {format_bytes(self.chunk_bytes)}",
+            f"chunk {format_bytes(self.chunk_bytes)}"
+            + (f", outside MLX {format_bytes(self.workspace_bytes)}" if self.workspace_bytes else ""),
             "work": f"{self.operations / 1e12:.3g} TFLOP, {self.recompute:.2f}x the whole decode",
             "first": f"frame after {self.latents_to_first_frame} of {self.latent_shape[2]} latent frames",
             "runs in": f"{self.dtype} on {self.backend.name}",

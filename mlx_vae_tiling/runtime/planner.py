@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -13,9 +11,9 @@ import mlx.core as mx
 from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.forms import tuned_backend
+from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
-from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, neediest
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
 from mlx_vae_tiling.runtime.memory import memory_budget
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
@@ -28,9 +26,6 @@ from mlx_vae_tiling.vae.regions import Region, Span, Window
 
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
-
-SATURATING_POSITIONS = 1024
-"""Latent positions per step beyond which a larger chunk is not expected to be faster."""
 
 
 def plan_decode(
@@ -96,17 +91,17 @@ def plan_decode(
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, int) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
-    plan = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    if no_tune or isinstance(backend, Backend):
-        return plan
-    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-    tuned = tuned_backend(model.backend, model.steps, everything, dtype)
-    if tuned == model.backend:
-        return plan
-    model = CostModel(decoder, tuple(latent_shape), dtype, tuned, options)
-    better = _plan_exact(model, wanted, budget, tiling, parts, chunk)
-    # A faster form that takes so much memory that halos are repeated is none.
-    return better if better.fits and len(better.parts) <= len(plan.parts) else plan
+    backends = [model.backend]
+    if not isinstance(backend, Backend):
+        everything = Window().region(*decoder.output_shape(latent_shape)[2:])
+        tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
+        backends = list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
+
+    def planned(backend: Backend) -> DecodePlan:
+        model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
+        return _plan_exact(model, wanted, budget, tiling, parts, chunk)
+
+    return fewest_windows(planned, backends)
 
 
 def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object) -> None:
@@ -130,29 +125,11 @@ def _plan_exact(
     parts: tuple[Part, ...] | None,
     chunk: tuple[int, int | None] | None,
 ) -> DecodePlan:
-    left, smallest = budget - model.weight_bytes, list(_steps(model))[-1]
-    parts = parts or choose_parts(model, wanted, left, halo, smallest)
-    steps = [chunk] if chunk else list(_steps(model))
-    if neediest(model, parts, steps[-1], left) > left:
+    parts = parts or choose_parts(model, wanted, budget, halo)
+    steps = [chunk] if chunk else list(chunks(model))
+    if not all(fits(model, part, budget, steps[-1]) for part in parts):
         steps = steps[-1:]
     return _plan_chunks(model, wanted, budget, halo, parts, steps)
-
-
-def _steps(model: CostModel) -> Iterator[tuple[int, int | None]]:
-    """Chunk sizes from the largest useful one down: (latent frames per step, cap on frames)."""
-    _, _, frames, height, width = model.latent_shape
-    useful = max(1, math.ceil(SATURATING_POSITIONS / (height * width)))
-    step = 2 ** math.ceil(math.log2(useful))
-    if step >= frames:
-        yield frames, None
-    while step >= 1:
-        if step < frames:
-            yield step, None
-        step //= 2
-    cap = model.decoder.config.temporal_scale // 2
-    while cap >= 1:
-        yield 1, cap
-        cap //= 2
 
 
 def _plan_chunks(
@@ -164,7 +141,8 @@ def _plan_chunks(
     steps: list[tuple[int, int | None]],
 ) -> DecodePlan:
     """The largest of these chunks with which these windows fit."""
-    limited_by = "the number of latent frames" if steps[0][0] >= model.latent_shape[2] else "what is useful"
+    everything = steps[0] == (model.latent_shape[2], None)
+    limited_by = "the number of latent frames" if everything else "what is useful"
     for step, cap in steps:
         costs = [model.cost(part, step, cap) for part in parts]
         largest = max(costs, key=lambda cost: cost.total)
@@ -187,7 +165,7 @@ def _plan_blended(model: CostModel, wanted: Region, tiling: TilingConfig, budget
     planes, itemsize = batch * config.out_channels, model.dtype.size
 
     def decoding(*tile: int) -> int:
-        return model.cost(_whole(model, list(tile)), tile[0], None).total
+        return model.cost(_whole(model, list(tile)), tile[0], None).of_mlx
 
     finishing = finishing_bytes(planes * wanted.area, itemsize)
     blending = blending_bytes(tiles, planes, itemsize, decoding, finishing)
@@ -236,6 +214,7 @@ def _assemble(
         peak_bytes=model.weight_bytes + largest.total,
         weight_bytes=model.weight_bytes,
         state_bytes=largest.state,
+        workspace_bytes=largest.workspace,
         memory_limit=budget,
         operations=operations,
         recompute=operations / at_once,

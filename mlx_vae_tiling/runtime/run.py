@@ -4,59 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require
-from mlx_vae_tiling.media.video import frame_rate
-from mlx_vae_tiling.runtime.frames import KINDS, Frames
+from mlx_vae_tiling.runtime.crew import Crew, joined
+from mlx_vae_tiling.runtime.faults import tried_twice
+from mlx_vae_tiling.runtime.flow import frames_of
+from mlx_vae_tiling.runtime.forms import expected_seconds
+from mlx_vae_tiling.runtime.frames import Frames
+from mlx_vae_tiling.runtime.group import Team, lead, serve
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
-from mlx_vae_tiling.runtime.memory import footprint_bytes, format_bytes
-from mlx_vae_tiling.runtime.output import DecodeOutput, open_output
+from mlx_vae_tiling.runtime.memory import footprint_bytes
+from mlx_vae_tiling.runtime.output import DecodeOutput, open_output, several
 from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.store import FrameStore
+from mlx_vae_tiling.runtime.report import DecodeReport
+from mlx_vae_tiling.runtime.request import fingerprint_job, new_job, sound_of
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window
 
-
-@dataclass(frozen=True)
-class DecodeReport:
-    """What a decode to a file did.
-
-    Attributes:
-        path: The file.
-        frames: Frames in it.
-        resumed_frames: Of these, those that an earlier run had decoded.
-        seconds: Time taken, opening and writing included.
-        peak_bytes: Measured peak of MLX's memory.
-        footprint_bytes: The most physical memory that the process ever held, by the system's count.
-        plan: The plan that was run, which holds the prediction.
-    """
-
-    path: str
-    frames: int
-    resumed_frames: int
-    seconds: float
-    peak_bytes: int
-    footprint_bytes: int
-    plan: DecodePlan
-
-    def __str__(self) -> str:
-        resumed = f" ({self.resumed_frames} of them from before)" if self.resumed_frames else ""
-        return (
-            f"{self.path}: {self.frames} frames{resumed} in {self.seconds:.1f} s, "
-            f"{(self.frames - self.resumed_frames) / max(self.seconds, 1e-9):.1f} frames/s, "
-            f"peak {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.plan.peak_bytes)}), "
-            f"process {format_bytes(self.footprint_bytes)}"
-        )
+Ranks = mx.distributed.Group | Crew
+"""MLX's group, or the ranks that have come together already."""
 
 
 def decode_frames(
@@ -75,7 +49,9 @@ def decode_frames(
     noise: mx.array | None = None,
     num_inference_steps: int | None = None,
     bits: int = 8,
+    no_tune: bool = False,
     progress: bool = False,
+    group: Ranks | None = None,
 ) -> Iterator[Frames]:
     """Decodes latents to finished RGB frames within a memory budget.
 
@@ -95,7 +71,12 @@ def decode_frames(
         noise: (1, 3, 8(F-1)+1, 32H, 32W), in place of the noise that a diffusion decoder draws by the seed.
         num_inference_steps: Of a diffusion decoder; None for its config's.
         bits: 8 for uint8, 16 for uint16 frames, 32 for float32 in [0, 1].
-        progress: Shows a progress bar on stderr.
+        no_tune: Measures no form of convolution before a long decode on Metal, which takes two seconds the
+            first time, and takes none for having been measured. A plan that is given has its forms.
+        progress: Shows a progress bar on stderr, with the seconds that are expected where they are known.
+        group: `mx.distributed.init()`, where several machines share the decode: each calls this with the
+            same arguments, but for its own memory_limit. Rank 0's iterator gives all frames, those of the
+            others give none and compute while they are asked. Errors come with the first frame.
 
     Returns:
         An iterator of uint8 (or uint16, float32) arrays (f, H, W, 3).
@@ -103,12 +84,16 @@ def decode_frames(
     Raises:
         ValueError: If latents or options do not fit the decoder, or nothing fits the budget.
         ArithmeticError: If frames are not finite, or constant, also the second time.
+        ConnectionError: If another rank has failed or was lost.
     """
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = new_job(decoder, latents, bits, plan, options, planning, noise)
-    return frames_of(job, None, progress)
+    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
+    prepare = partial(new_job, decoder, latents, bits, plan, options, planning, noise, progress)
+    if group is None or _size(group) == 1:
+        job = prepare()
+        return frames_of(job, None, progress, expected_seconds(decoder, job.plan) if progress else None)
+    return _with_ranks(group, prepare, noise, progress)
 
 
 def decode_to_file(
@@ -133,7 +118,9 @@ def decode_to_file(
     normalized: bool = True,
     noise: mx.array | None = None,
     num_inference_steps: int | None = None,
+    no_tune: bool = False,
     progress: bool = False,
+    group: Ranks | None = None,
 ) -> DecodeReport:
     """Decodes latents to a video, an image sequence or an array on disk.
 
@@ -154,7 +141,8 @@ def decode_to_file(
             to the window.
         codec, quality: As `media.video.open_video`.
         memory_limit, plan, tiling, window, causal, timestep, noise_scale, seed, normalized, noise,
-            num_inference_steps, progress: As `decode_frames`.
+            num_inference_steps, no_tune, progress: As `decode_frames`.
+        group: As `decode_frames`; rank 0 alone writes. Any number of ranks may resume what others began.
 
     Returns:
         What was done. Its `str()` is one line.
@@ -164,117 +152,105 @@ def decode_to_file(
         FileExistsError: If there is an output and overwrite is False, or an earlier decode is kept and
             resume is False too.
         OSError: If the disk is full or the path cannot be written.
-        ValueError, ArithmeticError: As `decode_frames`.
+        ValueError, ArithmeticError, ConnectionError: As `decode_frames`.
     """
     began = time.perf_counter()
-    for name, value in (("resume", resume), ("overwrite", overwrite), ("progress", progress)):
-        require(name, value, "True or False", bool)
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window}
-    job = new_job(decoder, latents, bits, plan, options, planning, noise)
-    settings = {"tiling": job.plan.tiling, "output": job.plan.output, "bits": bits, **vars(job.options)}
-    if noise is not None:
-        settings["noise"] = hash_of(noise).hex()
-    fingerprint = fingerprint_of(decoder, latents, **settings)
-    video = {"fps": fps, "codec": codec, "quality": quality, **_sound(audio, job.plan, fps)}
-    with open_output(
-        path, job.plan, job.dtype, fingerprint, resume=resume, overwrite=overwrite, **video
-    ) as output:
+    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
+    prepare = partial(new_job, decoder, latents, bits, plan, options, planning, noise, progress)
+    video = {"fps": fps, "codec": codec, "quality": quality, "resume": resume, "overwrite": overwrite}
+    team, kept, expected = None, 0, None
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(joined(group)) if group is not None and _size(group) > 1 else None
+        job, fingerprint = _watched(prepare, crew, noise)
+        video |= sound_of(audio, job.plan, fps)
+        if crew is not None and crew.rank:
+            serve(crew, job, fingerprint)
+        else:
+            if crew is not None:
+                team = lead(crew, job, fingerprint)
+                job = team.job
+            job, kept, expected = _write(job, path, fingerprint, progress, team, video)
+            if team is not None:
+                team.finish()
+    return DecodeReport(
+        path=os.fspath(path),
+        frames=job.plan.frames,
+        resumed_frames=kept,
+        seconds=time.perf_counter() - began,
+        decoding_seconds=job.spent.seconds,
+        expected_seconds=expected,
+        peak_bytes=job.meter.highest,
+        footprint_bytes=footprint_bytes(),
+        plan=job.plan,
+    )
+
+
+def _write(
+    job: Job,
+    path: str | os.PathLike[str],
+    fingerprint: dict[str, str],
+    progress: bool,
+    team: Team | None,
+    video: dict[str, Any],
+) -> tuple[Job, int, float | None]:
+    """Decodes to a file.
+
+    Returns:
+        The job as it was begun, frames of the output that an earlier run had decoded, and the seconds
+        that decoding the others was expected to take.
+    """
+    for name in ("resume", "overwrite"):
+        require(name, video[name], "True or False", bool)
+    stored, expected = several if team is None else team.stored, None
+    with open_output(path, job.plan, job.dtype, fingerprint, stored=stored, **video) as output:
         if output.writer is not None:
-            if output.journal.parts != job.plan.parts:
-                job = job.planned_anew(output.journal.parts)
-            with contextlib.closing(frames_of(job, output, progress)) as frames:
+            parts, arithmetic = output.journal.parts, output.journal.arithmetic
+            if team is None:
+                job = job.as_begun(parts, arithmetic)
+                expected = _expected_now(job, output)
+            else:
+                done = output.store.done if output.store else [output.writer.frames_kept] * len(parts)
+                team = team.taken_up(parts, done, arithmetic)
+                job = team.job
+            with contextlib.closing(frames_of(job, output, progress, expected, team)) as frames:
                 for piece in frames:
                     output.writer.write(piece)
-    seconds = time.perf_counter() - began
-    return DecodeReport(
-        os.fspath(path), job.plan.frames, output.kept, seconds, job.meter.highest, footprint_bytes(), job.plan
-    )
+    return job, output.kept, expected
 
 
-def _sound(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | str) -> dict[str, Any]:
-    if audio is None:
-        return {}
-    frames, rate = plan.output.time, frame_rate(fps)
-    return {
-        "audio": audio,
-        "audio_start_seconds": float(frames.start / rate),
-        "clip_seconds": float(frames.size / rate),
-    }
+def _with_ranks(
+    group: Ranks, prepare: Callable[..., Job], noise: mx.array | None, progress: bool
+) -> Generator[Frames]:
+    with joined(group) as crew:
+        job, fingerprint = _watched(prepare, crew, noise)
+        if crew.rank:
+            serve(crew, job, fingerprint)
+            return
+        team = lead(crew, job, fingerprint)
+        yield from frames_of(team.job, None, progress, team=team)
+        team.finish()
 
 
-def new_job(
-    decoder: StreamingDecoder,
-    latents: mx.array,
-    bits: int,
-    plan: DecodePlan | None,
-    options: dict[str, Any],
-    planning: dict[str, Any],
-    noise: mx.array | None,
-) -> Job:
-    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
-    require("plan", plan, "a DecodePlan or None", DecodePlan, None)
-    require("bits", bits, "8, 16 or 32", int)
-    if bits not in KINDS:
-        raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
-    if plan is not None:
-        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
-            options[name] = planned if options.get(name) is None else options[name]
-    job = Job.prepare(
-        decoder, latents, decoder.options(**options), KINDS[bits], plan, noise=noise, **planning
-    )
-    if len(latents) != 1:
-        raise ValueError(
-            f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"
-        )
-    return job
+def _watched(
+    prepare: Callable[..., Job], crew: Crew | None, noise: mx.array | None
+) -> tuple[Job, dict[str, str]]:
+    """The job, which ends when one of the ranks does, and its fingerprint."""
+    job = prepare(fitting=crew is None)
+    if crew is not None:
+        job = replace(job, watch=crew.check)
+    return job, tried_twice(lambda: fingerprint_job(job, noise), "reading what is decoded")
 
 
-def frames_of(job: Job, output: DecodeOutput | None = None, progress: bool = False) -> Generator[Frames]:
-    """Frames of a job in order, those that an output keeps left out; several windows are put together.
-
-    Progress counts each frame of each window.
-    """
-    from tqdm import tqdm
-
-    parts = len(job.plan.parts)
-    unit, total = "frame" if parts == 1 else f"frame of {parts} windows", parts * job.plan.frames
-    store = output.store if output else None
-    start = output.writer.frames_kept if output and output.writer else 0
-    done = sum(store.done) if store else start
-    with tqdm(total=total, initial=done, unit=f" {unit}", desc="decode", disable=not progress) as bar:
-
-        def report(frames: int) -> None:
-            bar.set_postfix_str(f"peak {format_bytes(job.meter.highest)}", refresh=False)
-            bar.update(frames)
-
-        if parts == 1:
-            yield from job.decode(job.plan.parts[0], start, report)
-        elif store is not None:
-            yield from _put_together(job, store, start, report)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                shape = (job.plan.frames, *job.plan.size, 3)
-                fresh = FrameStore(Path(folder), job.plan.parts, shape, job.dtype)
-                with contextlib.closing(fresh):
-                    yield from _put_together(job, fresh, start, report)
+def _size(group: Ranks) -> int:
+    return group.size if isinstance(group, Crew) else group.size()
 
 
-def _put_together(job: Job, store: FrameStore, start: int, report: Callable[[int], None]) -> Iterator[Frames]:
-    """Finished frames of several windows from frame `start` on, those of the store first."""
-    for index, part in enumerate(job.plan.parts):
-        yield from read_store(store, start, min(store.done))
-        start = max(start, min(store.done))
-        for frames in job.decode(part, store.done[index], report):
-            store.append(index, frames)
-            yield from read_store(store, start, min(store.done))
-            start = max(start, min(store.done))
-    yield from read_store(store, start, job.plan.frames)
-
-
-def read_store(store: FrameStore, start: int, stop: int) -> Iterator[Frames]:
-    """Its frames, a few at a time."""
-    for first in range(start, stop, 8):
-        yield store.read(first, min(first + 8, stop))
+def _expected_now(job: Job, output: DecodeOutput) -> float | None:
+    """How long decoding the frames takes that an earlier run has not finished."""
+    seconds = expected_seconds(job.decoder, job.plan)
+    if seconds is None or isinstance(job.plan.tiling, TilingConfig):
+        return seconds
+    return seconds * (1 - output.finished / sum(part.pixels.time.length for part in job.plan.parts))

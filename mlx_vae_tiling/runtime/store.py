@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class FrameStore:
         ValueError: If the journal counts frames that are not there.
     """
 
+    bounded = False
+
     def __init__(
         self,
         folder: Path,
@@ -41,30 +44,40 @@ class FrameStore:
         self.parts = parts
         self.done = [0] * len(parts) if journal is None or journal.done is None else journal.done
         self._journal, self._shape, self._dtype = journal, shape, dtype
-        self._corner = parts[0].pixels.height.start, parts[0].pixels.width.start
+        self._corner = tuple(min(part.pixels[axis].start for part in parts) for axis in range(3))
         self._file = os.open(folder / "frames", os.O_RDWR | os.O_CREAT, 0o644)
         size = os.fstat(self._file).st_size
         if size < max(self._end(part) for part in range(len(parts))):
             self.close()
             raise unreadable(folder, ValueError(f"{size} bytes of frames for {self.done} finished ones"))
 
+    @property
+    def complete(self) -> int:
+        """Frames of the output that are finished, from its first one on."""
+        ends = [(part.pixels.time, done) for part, done in zip(self.parts, self.done, strict=True)]
+        unfinished = [time.start + done - self._corner[0] for time, done in ends if done < time.length]
+        return min(unfinished, default=self._shape[0])
+
     def _end(self, part: int) -> int:
         """Where the last byte of a part's finished frames is followed by the next one."""
         if not self.done[part]:
             return 0
-        _, rows, columns = self.parts[part].pixels
+        time, rows, columns = self.parts[part].pixels
         _, height, width, _ = self._shape
-        last = rows.stop - 1 - self._corner[0]
-        pixels = ((self.done[part] - 1) * height + last) * width + columns.stop - self._corner[1]
+        frame = time.start + self.done[part] - 1 - self._corner[0]
+        last = rows.stop - 1 - self._corner[1]
+        pixels = (frame * height + last) * width + columns.stop - self._corner[2]
         return pixels * 3 * self._dtype.itemsize
 
     def append(self, part: int, frames: Frames) -> None:
         """Adds finished frames (f, h, w, 3) of a part."""
-        _, rows, columns = self.parts[part].pixels
-        top, left = rows.start - self._corner[0], columns.start - self._corner[1]
+        time, rows, columns = self.parts[part].pixels
+        top, left = rows.start - self._corner[1], columns.start - self._corner[2]
         _, height, width, _ = self._shape
         pixel = 3 * self._dtype.itemsize
-        for index, frame in enumerate(np.ascontiguousarray(frames), self.done[part]):
+        for index, frame in enumerate(
+            np.ascontiguousarray(frames), time.start - self._corner[0] + self.done[part]
+        ):
             start = ((index * height + top) * width + left) * pixel
             runs = [frame] if frame.shape[1] == width else frame
             for row, run in enumerate(runs):
@@ -82,6 +95,48 @@ class FrameStore:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+class FrameBands:
+    """Frames in memory, of parts that advance together: only those of which a part is still missing.
+
+    Args:
+        parts: Each of all frames.
+        shape: (F, H, W, 3).
+        dtype: uint8 or uint16.
+        start: Frames that an earlier run has put together.
+    """
+
+    bounded = True
+
+    def __init__(self, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype[Any], start: int = 0):
+        self.parts, self.done = parts, [start] * len(parts)
+        self._shape, self._dtype, self._first = shape, dtype, start
+        self._corner = tuple(min(part.pixels[axis].start for part in parts) for axis in range(3))
+        self._held: deque[Frames] = deque()
+
+    @property
+    def complete(self) -> int:
+        """Frames of the output that are finished, from its first one on."""
+        return min(self.done)
+
+    def append(self, part: int, frames: Frames) -> None:
+        """Adds finished frames (f, h, w, 3) of a part."""
+        rows, columns = (
+            slice(span.start - corner, span.stop - corner)
+            for span, corner in zip(self.parts[part].pixels[1:], self._corner[1:], strict=True)
+        )
+        for index, frame in enumerate(frames, self.done[part] - self._first):
+            if index == len(self._held):
+                self._held.append(np.empty(self._shape[1:], self._dtype))
+            self._held[index][rows, columns] = frame
+        self.done[part] += len(frames)
+
+    def read(self, start: int, stop: int) -> Frames:
+        """Frames start to stop - 1, which all parts have finished, and which are then gone."""
+        frames = [self._held.popleft() for _ in range(self._first, stop)]
+        self._first = stop
+        return np.stack(frames[len(frames) - (stop - start) :])
 
 
 def _write_all(file: int, data: Any, offset: int) -> None:

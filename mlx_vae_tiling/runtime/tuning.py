@@ -7,6 +7,7 @@ read when this is imported.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -26,6 +27,10 @@ FASTER_BY = 1.05
 """How much faster than the default a form has to be to take its place: timings repeat to a few per cent."""
 
 VERSION = 1
+
+
+class TuningWarning(UserWarning):
+    """What was measured can be neither read nor kept."""
 
 
 class Level(NamedTuple):
@@ -59,7 +64,7 @@ class Trial(NamedTuple):
 
     Args:
         form: Its name.
-        seconds: Of one convolution.
+        seconds: Of one convolution; infinity where it was not worth a measurement.
         error: Root mean square error over that of the values of a float32 reference on the same device.
         operations: Multiplications and additions of that convolution as defined, whatever the form does.
     """
@@ -142,7 +147,7 @@ class Tuning:
         total = 0.0
         for (level, form), operations in work.items():
             trial = next((trial for trial in self.of(machine, level) if trial.form == form), None)
-            if trial is None:
+            if trial is None or not math.isfinite(trial.seconds):
                 return None
             total += operations * trial.seconds / trial.operations
         return total
@@ -152,20 +157,18 @@ def tune(
     tuning: Tuning,
     machine: Machine,
     levels: Iterable[Level],
-    forms: Sequence[str],
-    measure: Callable[[str, Level], Trial],
+    measure: Callable[[Level], Sequence[Trial]],
     *,
     seconds: float,
     clock: Callable[[], float],
 ) -> list[Level]:
-    """Measures every form at every level that has no measurement, as long as there is time.
+    """Measures every level that has no measurement, as long as there is time.
 
     Args:
         tuning: Gets the trials.
         machine: Where this runs.
         levels: In the order of their importance.
-        forms: The candidates.
-        measure: Measures one form at one level.
+        measure: Measures the forms at a level.
         seconds: After this, no further level is begun.
         clock: Tells the time in seconds.
 
@@ -178,7 +181,7 @@ def tune(
             continue
         if clock() - began >= seconds:
             break
-        tuning.record(machine, level, [measure(form, level) for form in forms])
+        tuning.record(machine, level, measure(level))
         measured.append(level)
     return measured
 
@@ -204,7 +207,8 @@ def load_tuning(path: str | os.PathLike[str] | None = None) -> Tuning:
     except FileNotFoundError:
         return Tuning()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"measurements in {file} are ignored: {error!r}; delete the file", stacklevel=2)
+        # Always from here, so that a decode, which asks several times, is told once.
+        warnings.warn(f"measurements in {file} are ignored: {error!r}; delete the file", TuningWarning, 1)
         return Tuning()
 
 
@@ -224,7 +228,7 @@ def save_tuning(tuning: Tuning, path: str | os.PathLike[str] | None = None) -> N
             json.dump({"version": VERSION, "trials": kept}, written, indent=1)
         os.replace(written.name, file)
     except OSError as error:
-        warnings.warn(f"measurements cannot be kept in {file}: {error}", stacklevel=2)
+        warnings.warn(f"measurements cannot be kept in {file}: {error}", TuningWarning, 1)
 
 
 def _parsed(data: Any) -> Tuning:

@@ -18,13 +18,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.media.saved_frames import SavedFrames, read_array, read_frames
+from mlx_vae_tiling.runtime.assembly import read_store
 from mlx_vae_tiling.runtime.compare import Comparison, Score
+from mlx_vae_tiling.runtime.flow import frames_of
 from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import NO_FRAMES, Job
 from mlx_vae_tiling.runtime.memory import PeakMeter
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.run import frames_of, new_job, read_store
+from mlx_vae_tiling.runtime.request import new_job
 from mlx_vae_tiling.runtime.seams import Seams, seams_of
 from mlx_vae_tiling.runtime.store import FrameStore
 from mlx_vae_tiling.runtime.verification import Verification
@@ -95,7 +97,7 @@ def verify_decode(
 
     plan = planned(tiling, memory_limit)
     job, comparison, seams = job_of(plan), Comparison(*plan.size), seams_of(plan)
-    meter = PeakMeter(job.meter.others)
+    meter = PeakMeter(job.meter.others, job.backend)
     if saved is not None:
         name, ours, theirs = saved.path, _frames(job, meter), saved.pieces
         if saved.count not in (None, plan.frames):

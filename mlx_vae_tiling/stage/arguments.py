@@ -50,6 +50,7 @@ class DecodingArgs:
         enable_stage_verification: Whether calling the stage verifies its input and output.
         memory_limit: Bytes, or a string such as "8GB", for a planned decode and the frames it
             returns; by default 70 % of what is available.
+        no_tune: As `decode_frames`.
     """
 
     disable_autocast: bool = False
@@ -60,6 +61,7 @@ class DecodingArgs:
     model_paths: dict[str, str | os.PathLike[str]] = field(default_factory=dict)
     enable_stage_verification: bool = True
     memory_limit: int | float | str | None = None
+    no_tune: bool = False
 
 
 @dataclass

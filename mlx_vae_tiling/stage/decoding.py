@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.runtime.autotune import plan_to_run
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
-from mlx_vae_tiling.runtime.planner import plan_decode
 from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,
@@ -155,7 +155,9 @@ class DecodingStage:
         tiling = option(config, "vae_tiling", PipelineConfig)
         if tiling and isinstance(self.vae, StreamingDecoder):
             checked = option(args, "enable_stage_verification", DecodingArgs)
-            return _decode_planned(self.vae, latents, option(args, "memory_limit", DecodingArgs), checked)
+            no_tune = option(args, "no_tune", DecodingArgs)
+            memory_limit = option(args, "memory_limit", DecodingArgs)
+            return _decode_planned(self.vae, latents, memory_limit, checked, no_tune)
         if tiling and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
         frames = _decode_whole(self.vae, latents)
@@ -242,12 +244,13 @@ def _tiny_decoder(source: str | os.PathLike[str]) -> TinyDecoder:
 
 
 def _decode_planned(
-    decoder: StreamingDecoder, latents: mx.array, memory_limit: Any, checked: bool
+    decoder: StreamingDecoder, latents: mx.array, memory_limit: Any, checked: bool, no_tune: bool
 ) -> mx.array:
     """Every frame of every part of a plan, written to its place in the video."""
     budget, shape = memory_budget(memory_limit), decoder.output_shape(latents.shape)
     frame_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-    plan = plan_decode(decoder, latents.shape, memory_limit=max(budget - frame_bytes, 1))
+    room = max(budget - frame_bytes, 1)
+    plan = plan_to_run(decoder, latents.shape, memory_limit=room, no_tune=no_tune)
     if not plan.fits:
         raise ValueError(
             f"no plan fits in {format_bytes(budget)}; the smallest needs {format_bytes(plan.peak_bytes)}, "

@@ -6,8 +6,9 @@ when, and says, beside each, how much memory that takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import mlx.core as mx
 
@@ -21,12 +22,35 @@ from mlx_vae_tiling.vae.regions import Region
 
 BackendName = Literal["cpu", "metal", "cuda"]
 
+SATURATING_POSITIONS = 1024
+"""Latent positions per step beyond which a larger chunk is not expected to be faster on a GPU."""
+
+SMALLEST_CACHE_BYTES = 2**20
+
+
+def known_form(told: Any, pinned: bool = True) -> Any:
+    """A form of convolution that was read from a file; None too, unless one has to be pinned.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if not (told in get_args(ConvolutionForm) or (told is None and not pinned)):
+        raise ValueError(f"a form of convolution must be one of {get_args(ConvolutionForm)}, got {told!r}")
+    return told
+
 
 class Taken(NamedTuple):
-    """What a step takes beside what is held: bytes at once, its result included; elements of one array."""
+    """What a step takes beside what is held.
+
+    Attributes:
+        nbytes: At once, of MLX's memory, its result included.
+        elements: Of one array.
+        workspace: Bytes outside MLX that it computes in, which later steps use again.
+    """
 
     nbytes: int
     elements: int
+    workspace: int = 0
 
 
 class Where(NamedTuple):
@@ -97,10 +121,32 @@ class Backend(LayerBackend):
         """The forms of convolution that may compete."""
         return ("stock", "folded")
 
+    def forms_at(self, operands: Operands) -> tuple[ConvolutionForm, ...]:
+        """Those of the forms that differ from each other at a convolution."""
+        return self.forms
+
     @property
     def wires_memory(self) -> bool:
         """Whether MLX can keep memory from being paged out."""
         return False
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What the last bits of frames depend on besides the device, in types that JSON has."""
+        return {"form": self.form}
+
+    def computing_as(self, arithmetic: dict[str, Any]) -> Backend:
+        """This backend, with the forms of another one of its kind.
+
+        Args:
+            arithmetic: Of that one.
+
+        Raises:
+            ValueError: If it is no such thing.
+        """
+        if set(arithmetic) != {"form"}:
+            raise ValueError(f"arithmetic must have a form, got {sorted(arithmetic)}")
+        return replace(self, form=known_form(arithmetic["form"], pinned=False))
 
     def device(self) -> dict[str, int | str]:
         """What MLX says of the device."""
@@ -111,12 +157,30 @@ class Backend(LayerBackend):
         return self.device()
 
     def opened(self) -> Backend:
-        """The backend for one stream: with what only one may use at a time."""
+        """The backend for one decode: with what only one may use at a time. Opened again it is the same."""
         return self
+
+    @property
+    def held_workspace_bytes(self) -> int:
+        """What it holds outside MLX."""
+        return 0
+
+    def useful_chunk(self, positions: int, scale: int) -> tuple[int, int]:
+        """The chunk beyond which a larger one is not expected to be faster.
+
+        Args:
+            positions: Of one latent frame.
+            scale: Frames per latent frame.
+
+        Returns:
+            Latent frames per step, and the most frames of a chunk in any layer.
+        """
+        step: int = 2 ** math.ceil(math.log2(max(1, SATURATING_POSITIONS / positions)))
+        return step, step * scale
 
     def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
         """The limit of MLX's cache of freed buffers."""
-        return chunk_bytes
+        return max(chunk_bytes, SMALLEST_CACHE_BYTES)
 
     def default_form(self, dtype: mx.Dtype) -> ConvolutionForm:
         """The form of convolution that is expected to run best."""
@@ -185,6 +249,10 @@ class Backend(LayerBackend):
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
         """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
         return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
+
+    def workspace_bytes(self, operands: Operands) -> int:
+        """What a convolution computes in outside MLX."""
+        return 0
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         """What a convolution takes with the sum of its result and a skip, which may reuse neither.

@@ -5,11 +5,17 @@ The bytes were counted: on the CPU, and on MLX's Metal host code over a stub dri
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_vae_tiling.vae.attention import neighbourhood_attention
+from mlx_vae_tiling.vae.attention_cpu import attention_numpy
 from mlx_vae_tiling.vae.convolution_frames import convolve_frames
+from mlx_vae_tiling.vae.products_cpu import linear_numpy, mlp_numpy
+from mlx_vae_tiling.vae.regions import Region, Stride
 
 KEY_COPY_QUERIES = 96
 """Queries whose products with a key take as long as copying it, at 13 TFLOP/s and 400 GB/s."""
@@ -21,6 +27,14 @@ class AttentionSize(NamedTuple):
     pairs: int
     gathered: int
     queries: int
+
+
+class MLPWeights(NamedTuple):
+    """Of a gated MLP: (hidden, C) twice, and (C, hidden)."""
+
+    up: mx.array
+    gate: mx.array
+    down: mx.array
 
 
 class LayerBackend:
@@ -61,6 +75,38 @@ class LayerBackend:
         """Queries whose products with a key take as long as copying it for them."""
         return KEY_COPY_QUERIES
 
+    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None, region: Region) -> mx.array:
+        """`x @ weight.T + bias` of x (B, T, H, W, C) at the positions of a region."""
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+    def mlp(
+        self, x: mx.array, prepare: Callable[[mx.array], mx.array], weights: MLPWeights, region: Region
+    ) -> mx.array:
+        """x (B, T, H, W, C) and the MLP of what `prepare` makes of it.
+
+        By tiles of positions, of which alone the hidden widths are alive.
+        """
+        positions = x.reshape(-1, x.shape[-1])
+        tile = max(1, self.tile_elements // len(weights.up))
+        done = []
+        for start in range(0, len(positions), tile):
+            part = positions[start : start + tile]
+            given = prepare(part)
+            hidden = nn.silu(given @ weights.gate.T) * (given @ weights.up.T)
+            done.append(part + hidden @ weights.down.T)
+            mx.eval(done[-1])
+        return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
+
+    def attention(
+        self, q: mx.array, kv: mx.array, kernel: Stride, queries: Region, keys: Region, block: Stride
+    ) -> mx.array:
+        """Neighbourhood attention, of which the arguments are those of `neighbourhood_attention`."""
+        return neighbourhood_attention(q, kv, kernel, queries, keys, block, self.tile_elements)
+
+    def linear_bytes(self, made: int, itemsize: int) -> int:
+        """What the result of `linear` takes."""
+        return itemsize * made
+
     def rms_norm_bytes(self, given: int, itemsize: int) -> int:
         """What normalising takes, its result included."""
         return itemsize * given
@@ -73,17 +119,41 @@ class LayerBackend:
         """What making queries of so many elements takes, these included."""
         return (22 if itemsize == 4 else 24) * given
 
-    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
-        """What an MLP with so many hidden elements takes, its result included."""
-        return 5 * itemsize * hidden // 2
+    def mlp_bytes(self, positions: int, channels: int, hidden: int, itemsize: int) -> int:
+        """What an MLP and its input take, the result included, with so many hidden channels."""
+        tile = min(positions, max(1, self.tile_elements // hidden))
+        return itemsize * (2 * positions * channels + 5 * tile * hidden // 2)
 
-    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
-        """What a call of attention takes, its result included: copies of keys, but no matrix of scores."""
-        return itemsize * (size.gathered + 3 * size.queries)
+    def attention_bytes(self, calls: Iterable[AttentionSize], made: int, itemsize: int) -> int:
+        """What attention takes beside queries and result: copies of keys, but no matrix of scores.
+
+        Args:
+            calls: Of these, which come one after the other.
+            made: Elements of the result.
+            itemsize: Bytes of an element.
+        """
+        return itemsize * max(size.gathered + 3 * size.queries for size in calls)
 
 
 class CPULayerBackend:
     """The CPU's part of a `Backend`."""
+
+    workers: int
+
+    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None, region: Region) -> mx.array:
+        return linear_numpy(x, weight, bias, region, self.workers)
+
+    def mlp(
+        self, x: mx.array, prepare: Callable[[mx.array], mx.array], weights: MLPWeights, region: Region
+    ) -> mx.array:
+        given = prepare(x)
+        mx.eval(given)
+        return x + mlp_numpy(given, *weights, region, self.workers)
+
+    def attention(
+        self, q: mx.array, kv: mx.array, kernel: Stride, queries: Region, keys: Region, block: Stride
+    ) -> mx.array:
+        return attention_numpy(q, kv, kernel, queries, keys, self.workers)
 
     def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
         return convolve_frames(x, weight, groups)
@@ -104,12 +174,17 @@ class CPULayerBackend:
     def queries_per_key_copy(self) -> int:
         return 8
 
+    def linear_bytes(self, made: int, itemsize: int) -> int:
+        """In half precision there is also what is rounded."""
+        return made * (4 if itemsize == 4 else 6)
+
     def rms_norm_bytes(self, given: int, itemsize: int) -> int:
         return given * (8 if itemsize == 4 else 14)
 
-    def mlp_bytes(self, hidden: int, itemsize: int) -> int:
-        return hidden * (11 if itemsize == 4 else 8)
+    def mlp_bytes(self, positions: int, channels: int, hidden: int, itemsize: int) -> int:
+        """Hidden channels exist outside of MLX."""
+        return positions * channels * (16 if itemsize == 4 else 18)
 
-    def attention_bytes(self, size: AttentionSize, itemsize: int) -> int:
-        """The CPU has no fused attention: the scores lie in memory."""
-        return itemsize * (size.pairs + 2 * size.gathered + 5 * size.queries)
+    def attention_bytes(self, calls: Iterable[AttentionSize], made: int, itemsize: int) -> int:
+        """Keys and scores exist outside of MLX; in half precision the result is rounded."""
+        return 0 if itemsize == 4 else 4 * made

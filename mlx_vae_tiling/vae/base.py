@@ -137,7 +137,7 @@ class StreamingDecoder(SteppedDecoder):
             output_dtype: Of the frames; None for that of the latents.
         """
         # A thread cannot compute what another one has only scheduled.
-        mx.eval(latents, self.parameters())
+        mx.eval(latents, self.parameters(), [] if noise is None or noise.given is None else noise.given)
         policy = self.policy(backend)
 
         def pieces() -> Iterator[mx.array]:

@@ -43,11 +43,11 @@ def choose_form(height: int, width: int, in_channels: int, out_channels: int) ->
 
 
 def workspace_bytes(
-    form: CpuForm, frames: int, height: int, width: int, in_channels: int, out_channels: int
+    form: CpuForm, frames: int, height: int, width: int, in_channels: int, out_channels: int, workers: int = 1
 ) -> int:
-    """Bytes that `convolve_rows` takes outside MLX for (frames, height, width) outputs of one worker."""
+    """Bytes that `convolve_rows` takes outside MLX for (frames, height, width) outputs."""
     if form == "winograd":
-        return winograd.workspace_bytes(frames, height, width, in_channels, out_channels)
+        return winograd.workspace_bytes(frames, height, width, in_channels, out_channels, workers=workers)
     shapes = _columns_shapes if form == "columns" else _shifts_shapes
     return bytes_of(*shapes(height, width, in_channels, out_channels))
 
@@ -114,7 +114,8 @@ def convolve_numpy(
 ) -> mx.array:
     """3x3x3 convolution of what activation and padding make of x, in one pass from x to the result.
 
-    In float32 nothing is copied but rows that are at work; half precision is computed in float32.
+    Nothing is copied but rows that are at work, and the kernel in half precision, in which what goes in
+    and what comes out are rounded, and nothing between.
 
     Args:
         x: (B, t, h, w, C).
@@ -136,7 +137,8 @@ def convolve_numpy(
     """
     b, t, h, w, _ = x.shape
     (before, after), (top, bottom, left, right) = replicas, padding
-    x32, weight32, bias32 = _as_numpy(x, weight, bias)
+    given = bits_of(x)
+    weight32, bias32 = _as_numpy(weight, bias)
     out = mx.zeros((b, before + t + after - 2, h + top + bottom - 2, w + left + right - 2, len(weight)))
     mx.eval(out)
     result = np.array(out, copy=False)
@@ -145,7 +147,7 @@ def convolve_numpy(
     workspace = workspace or Workspace()
     for i in range(b):
         own = None if pairs is None else (pairs[0][i % len(pairs[0])], pairs[1][i % len(pairs[1])])
-        frames = [x32[i][0]] * before + list(x32[i]) + [x32[i][-1]] * after
+        frames = [given[i][0]] * before + list(given[i]) + [given[i][-1]] * after
         convolve_rows(
             *(Rows(frames, padding, mode, activation, own), weight32, bias32, result[i]),
             residual=None if skip is None else skip[i],
@@ -156,6 +158,11 @@ def convolve_numpy(
         )
     # Rounded by whoever evaluates it, when what went in is gone.
     return out.astype(x.dtype)
+
+
+def bits_of(x: mx.array) -> np.ndarray:
+    """NumPy's view of an array's buffer; of bfloat16, which it does not know, the bits."""
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
 def _as_numpy(*arrays: mx.array) -> list[np.ndarray]:

@@ -16,7 +16,8 @@ from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
 from mlx_vae_tiling.vae.backend_layers import CPULayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.convolution_cpu import convolve_numpy
+from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_numpy, workspace_bytes
+from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding
 from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.workers import idle_cores
@@ -24,6 +25,11 @@ from mlx_vae_tiling.vae.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**17
 """How much the CPU activates at a time: a few copies of it fit into a core's cache."""
+
+SHARING_FRAMES, SHARING_POSITIONS = 4, 384
+"""Frames of a chunk, and positions at the scale of the latents, beyond which a larger one gains under 3 %."""
+
+SMALL_BUFFERS_BYTES = 2**22
 
 _workers = lru_cache(maxsize=1)(idle_cores)
 
@@ -35,15 +41,29 @@ class CPUBackend(CPULayerBackend, Backend):
     Args:
         form: Pins a form of convolution.
         workspace: Where NumPy's forms compute, outside of MLX; None for a new one each time.
-        workers: Threads that share a convolution; the numbers do not depend on it.
+        workers: Threads that share a convolution; 0 for one on each core that is free for them. The
+            numbers do not depend on it.
     """
 
     name: BackendName = "cpu"
     workspace: Workspace | None = field(default=None, compare=False)
-    workers: int = field(default=1, compare=False)
+    workers: int = field(default=0, compare=False)
 
     def opened(self) -> CPUBackend:
-        return replace(self, workspace=Workspace(), workers=_workers())
+        return replace(self, workspace=self.workspace or Workspace(), workers=self.workers or _workers())
+
+    @property
+    def held_workspace_bytes(self) -> int:
+        return self.workspace.nbytes if self.workspace else 0
+
+    def useful_chunk(self, positions: int, scale: int) -> tuple[int, int]:
+        """Frames are computed one by one; a chunk shares their transforms, and those of the kernels."""
+        frames: int = 2 ** math.ceil(math.log2(max(SHARING_FRAMES, SHARING_POSITIONS / positions)))
+        return frames, frames
+
+    def cache_bytes(self, memory_limit: int, chunk_bytes: int) -> int:
+        """Only of small buffers: large ones the system gives as fast."""
+        return SMALL_BUFFERS_BYTES
 
     @property
     def pieces_ahead(self) -> int:
@@ -80,11 +100,14 @@ class CPUBackend(CPULayerBackend, Backend):
         skip: mx.array | None = None,
         first_frame: int = 0,
     ) -> mx.array:
-        """In float32 one pass over rows in cache: what is activated and what is padded exist only there.
+        """One pass over rows in cache: what is activated and what is padded exist only there.
 
-        In half precision what is activated is rounded, as it is on other backends.
+        In half precision what comes out is rounded, and so is its sum with the skip, as on other backends.
         """
-        if not self._fuses(x.dtype.size):
+        if skip is not None and x.dtype.size == 2:
+            y = self.convolution(x, weight, bias, padding, activation, None, first_frame)
+            return self.computed(y) + skip
+        if not self._fuses:
             return super().convolution(x, weight, bias, padding, activation, skip, first_frame)
         return convolve_numpy(
             *(x, weight, bias),
@@ -103,8 +126,9 @@ class CPUBackend(CPULayerBackend, Backend):
             return super().convolve(x, weight, bias)
         return convolve_numpy(x, weight, bias, workspace=self.workspace, workers=self.workers)
 
-    def _fuses(self, itemsize: int) -> bool:
-        return (self.form or self.default_form(mx.float32)) == "numpy" and itemsize == 4
+    @property
+    def _fuses(self) -> bool:
+        return (self.form or self.default_form(mx.float32)) == "numpy"
 
     def prepare(self, x: mx.array, padding: Padding, activation: Activation | None) -> mx.array:
         """By blocks of rows into one array: the CPU's norm takes several copies of its input."""
@@ -127,7 +151,7 @@ class CPUBackend(CPULayerBackend, Backend):
         return padded
 
     def upsample(self, y: mx.array, skip: mx.array | None, stride: Stride, repeats: int) -> mx.array:
-        if not self._fuses(y.dtype.size):
+        if not self._fuses or y.dtype.size == 2:
             return super().upsample(y, skip, stride, repeats)
         return upsample_numpy(y, skip, stride, max(repeats, 1))
 
@@ -136,14 +160,22 @@ class CPUBackend(CPULayerBackend, Backend):
         return x
 
     def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """What comes out; unless in one pass also what goes in, which in half precision is cast."""
-        if self._fuses(itemsize):
-            return 4 * size.made
+        """What comes out, in half precision with the kernel in float32; unless fused also what goes in."""
+        if self._fuses:
+            return 4 * size.made if itemsize == 4 else max(4 * (size.weights + size.made), 6 * size.made)
         activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
         convolving = 4 * (size.padded + size.made)
         if itemsize == 2:
             convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
         return max(activating, convolving)
+
+    def workspace_bytes(self, operands: Operands) -> int:
+        if not self._fuses:
+            return 0
+        _, frames, height, width, channels_in, channels_out, *_ = operands
+        form = choose_form(height, width, channels_in, channels_out)
+        workers = self.workers or _workers()
+        return workspace_bytes(form, frames, height, width, channels_in, channels_out, workers)
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         return max(convolution, itemsize * made + shortcut)
@@ -153,7 +185,7 @@ class CPUBackend(CPULayerBackend, Backend):
         return given * (4 * 4 if itemsize == 4 else 5 * 4)
 
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
-        tiled = made + made // repeats if repeats and not self._fuses(itemsize) else 0
+        tiled = made + made // repeats if repeats and (not self._fuses or itemsize == 2) else 0
         return itemsize * (made + max(tiled, kept * (kept < made)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_vae_tiling.vae.backend import Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
@@ -103,7 +104,9 @@ class VideoDecoder(StreamingDecoder):
             )
         conditioned = self.config.timestep_conditioning
         given: Any = self.decode_timestep if timestep is None else timestep
-        steps: Any = mx.array(given, mx.float32).reshape(-1).tolist()
+        given = given.astype(mx.float32) if isinstance(given, mx.array) else given
+        # Planning asks for options too, and needs no device.
+        steps = np.asarray(given, np.float32).reshape(-1).tolist()
         options = DecodeOptions(
             causal=self.config.causal if causal is None else causal,
             timestep=tuple(steps) if conditioned else (),

@@ -237,7 +237,11 @@ class DiffusionDecoder(StreamingDecoder):
 
     def _entered(self, inputs: Inputs, where: Where) -> mx.array:
         x_t = inputs[1] if len(inputs) > 1 else where.backend.computed(self._noise(where))
-        return self.conv_in_x_t(x_t) + self.diff_blocks[0].context_proj(inputs[0])
+        made, context = (
+            where.backend.linear(x, layer.weight, layer.bias, where.output)
+            for layer, x in ((self.conv_in_x_t, x_t), (self.diff_blocks[0].context_proj, inputs[0]))
+        )
+        return made + context
 
     def _entered_taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume
@@ -248,7 +252,8 @@ class DiffusionDecoder(StreamingDecoder):
         return Taken(max(drawing, mixing), positions * width)
 
     def _predicted(self, inputs: Inputs, where: Where) -> mx.array:
-        return self.conv_out(where.backend.computed(self.norm_out(inputs[0])))
+        normed = where.backend.computed(self.norm_out(inputs[0]))
+        return where.backend.linear(normed, self.conv_out.weight, self.conv_out.bias, where.output)
 
     def _predicted_taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,13 +40,15 @@ class PixelShuffle(nn.Module):
         )
 
     def _shuffled(self, inputs: Inputs, where: Where) -> mx.array:
-        y = where.backend.computed(depth_to_space(where.backend.computed(self.proj(inputs[0])), self._stride))
+        made = where.backend.linear(inputs[0], self.proj.weight, self.proj.bias, where.inputs[0])
+        y = where.backend.computed(depth_to_space(where.backend.computed(made), self._stride))
         return cut(y, upsampled_part(where.inputs[0], where.output, self._stride))
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * self._out
         kept = where.batch * where.output.volume * self._out // self._positions
-        return Taken((2 * made + kept * (kept < made)) * where.dtype.size, made)
+        rearranging = (2 * made + kept * (kept < made)) * where.dtype.size
+        return Taken(max(where.backend.linear_bytes(made, where.dtype.size), rearranging), made)
 
 
 class TimestepEmbedder(nn.Module):
@@ -77,7 +79,7 @@ class SharedModulation(nn.Module):
 class LinearStep:
     """A step that maps each position by a layer."""
 
-    def __init__(self, layer: Callable[[mx.array], mx.array], in_channels: int, out_channels: int):
+    def __init__(self, layer: nn.Linear, in_channels: int, out_channels: int):
         self._layer, self._in, self._out = layer, in_channels, out_channels
 
     def step(self, producer: int, need: Need) -> Step:
@@ -85,12 +87,13 @@ class LinearStep:
         return Step(self._compute, self._taken, reads, self._out, 2 * self._in * self._out)
 
     def _compute(self, inputs: Inputs, where: Where) -> mx.array:
-        return self._layer(inputs[0])
+        return where.backend.linear(inputs[0], self._layer.weight, self._layer.bias, where.output)
 
     def _taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume
         made = positions * self._out
-        return Taken((made + positions * self._in) * where.dtype.size, made)
+        size = where.dtype.size
+        return Taken(where.backend.linear_bytes(made, size) + positions * self._in * size, made)
 
 
 def upsampled_part(coarse: Region, fine: Region, stride: Stride) -> dict[int, slice]:

@@ -76,7 +76,7 @@ class Conv3d(nn.Module):
             operands=operands,
         )
         nbytes = where.backend.convolution_bytes(size, where.dtype.size)
-        return Taken(nbytes, max(size.padded, size.made))
+        return Taken(nbytes, max(size.padded, size.made), where.backend.workspace_bytes(operands))
 
     def step(self, producer: int, need: Convolution, activation: Activation | None = None) -> Step:
         """The convolution as a step of its own."""

@@ -5,15 +5,16 @@ All of it was read off MLX's code, and counted on its Metal host code over a stu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 import mlx.core as mx
 
 from mlx_vae_tiling.vae import convolution_gpu as gpu
-from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
+from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize, known_form
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
+from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, pixel_norm, replicate
 
 
@@ -40,12 +41,29 @@ class MetalBackend(Backend):
         return self.form or dict(self.tuned).get((channels_in, channels_out), "folded")
 
     @property
+    def arithmetic(self) -> dict[str, Any]:
+        """Where a block's rows are cut decides how they are grouped into Winograd's tiles."""
+        tuned = [[*channels, form] for channels, form in self.tuned]
+        return {"form": self.form, "block_bytes": self.block_bytes, "tuned": tuned}
+
+    def computing_as(self, arithmetic: dict[str, Any]) -> MetalBackend:
+        if set(arithmetic) != {"form", "block_bytes", "tuned"}:
+            raise ValueError(f"arithmetic must have form, block_bytes, tuned, got {sorted(arithmetic)}")
+        tuned = tuple(((int(c), int(o)), known_form(form)) for c, o, form in arithmetic["tuned"])
+        form = known_form(arithmetic["form"], pinned=False)
+        return replace(self, form=form, block_bytes=int(arithmetic["block_bytes"]), tuned=tuned)
+
+    @property
     def pieces_ahead(self) -> int:
         return 0
 
     @property
     def forms(self) -> tuple[ConvolutionForm, ...]:
         return get_args(gpu.GPUForm)
+
+    def forms_at(self, operands: Operands) -> tuple[ConvolutionForm, ...]:
+        names = get_args(gpu.GPUForm)
+        return tuple(form for form in names if gpu.form_of(form, operands, self.block_bytes) == form)
 
     @property
     def wires_memory(self) -> bool:

@@ -24,7 +24,8 @@ class Rows:
     """Frames with what a convolution needs around and before it, made row by row.
 
     Args:
-        frames: Each (height, width, C) in float32, of equal shape, contiguous rows.
+        frames: Each (height, width, C), of equal shape, contiguous rows, in float32, float16, or the bits
+            of bfloat16 as uint16.
         padding: Rows above and below, columns left and right that are added: 0 or 1 each.
         mode: What is added: zeros, or the frame reflected.
         activation: "norm_silu" for pixel norm, modulation where there is one, SiLU.
@@ -51,7 +52,7 @@ class Rows:
             (stop - start, width, C): a view of the frame, or of `out` where it had to be made.
         """
         x = self.frames[frame]
-        if self.activation == "none" and not any(self.padding):
+        if self.activation == "none" and not any(self.padding) and x.dtype == np.float32:
             return x[start:stop]
         height, width, _ = x.shape
         top, bottom, left, right = self.padding
@@ -59,7 +60,7 @@ class Rows:
         first, last = max(start - top, 0), min(stop - top, height)
         inner = rows[first + top - start : last + top - start, left : left + width]
         if self.activation == "none":
-            inner[...] = x[first:last]
+            widen(x[first:last], inner)
         else:
             activate(x[first:last], inner, scratch, self.modulation)
         above, below = top and start == 0, bottom and stop == height + top + bottom
@@ -76,6 +77,15 @@ class Rows:
                 lines[-1] = 0 if self.mode == "zeros" else lines[-3]
 
 
+def widen(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Copies float32, float16, or the bits of bfloat16 as uint16, to float32."""
+    if x.dtype == np.uint16:
+        np.left_shift(x, np.uint32(16), out=out.view(np.uint32))
+    else:
+        out[...] = x
+    return out
+
+
 def row_buffers(rows: int, width: int, channels: int) -> tuple[Shape, Shape]:
     """Shapes of `out` and `scratch` of `Rows.read` for up to that many rows."""
     return (rows, width, channels), (_band(width, channels), width, channels)
@@ -90,8 +100,8 @@ def activate(
     """Pixel norm, the timestep's (shift, scale) where there is one, SiLU.
 
     Args:
-        x: (rows, width, C).
-        out: The same shape.
+        x: (rows, width, C), as the frames of `Rows`.
+        out: The same shape, in float32.
         scratch: (n, width, C) or wider, for n rows at a time.
         modulation: (shift, scale), each (C,).
     """
@@ -100,6 +110,8 @@ def activate(
     for low in range(0, count, band):
         source, y = x[low : low + band], out[low : low + band]
         other = scratch[: len(source), :width]
+        if source.dtype != np.float32:
+            source = widen(source, y)
         squares = np.einsum("hwc,hwc->hw", source, source)
         np.multiply(source, (1 / np.sqrt(squares / channels + PIXEL_NORM_EPS))[..., None], out=y)
         if modulation is not None:

@@ -80,10 +80,12 @@ class Pace:
     Args:
         latent_frames: Latent frames per step.
         max_chunk_frames: Bounds the frames of a chunk in any layer below what a step gives.
+        check: Called before every chunk; what it raises ends the stream.
     """
 
     latent_frames: int = 1
     max_chunk_frames: int | None = None
+    check: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("latent_frames", "max_chunk_frames"):
@@ -101,14 +103,12 @@ class Pace:
         if self.max_chunk_frames is None:
             self.latent_frames *= 2
         else:
-            self.max_chunk_frames = 2 * self.max_chunk_frames if 2 * self.max_chunk_frames < scale else None
+            self.max_chunk_frames *= 2
 
     def halve(self, scale: int) -> None:
         """Halves the chunks of the last level, whose frames per latent frame are `scale`."""
-        if self.latent_frames > 1:
-            self.latent_frames = (self.latent_frames + 1) // 2
-        else:
-            self.max_chunk_frames = max(1, (self.max_chunk_frames or scale) // 2)
+        self.max_chunk_frames = max(1, self.limit(scale) // 2)
+        self.latent_frames = min(self.latent_frames, self.max_chunk_frames)
 
 
 def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
@@ -170,6 +170,8 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
     while made[-1] < times[-1].stop:
         while (stop := ready(number)) <= made[number]:
             number -= 1
+        if pace.check is not None:
+            pace.check()
         yield Compute(number, made[number], stop)
         made[number] = stop
         for producer in sorted({read.producer for read in steps[number].reads}):

@@ -14,9 +14,9 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae_tiling.vae.attention import attention_calls, block_for, neighbourhood_attention
-from mlx_vae_tiling.vae.backend import Taken, Where
-from mlx_vae_tiling.vae.backend_layers import KEY_COPY_QUERIES, AttentionSize
+from mlx_vae_tiling.vae.attention import attention_calls, block_for
+from mlx_vae_tiling.vae.backend import Backend, Taken, Where
+from mlx_vae_tiling.vae.backend_layers import KEY_COPY_QUERIES, AttentionSize, MLPWeights
 from mlx_vae_tiling.vae.diffusion_config import MODULATIONS, DiffusionDecoderConfig
 from mlx_vae_tiling.vae.regions import Attention, Region, Same, Stride
 from mlx_vae_tiling.vae.rotary import rotary_factors, rotated
@@ -24,9 +24,6 @@ from mlx_vae_tiling.vae.schedule import Read, Step
 
 EPS = 1e-6
 Inputs = Sequence[mx.array]
-Computed = Callable[[mx.array], mx.array]
-"""Evaluates where that keeps the memory small, and the same each time."""
-
 Modulation = tuple[mx.array, mx.array]
 """What a normalised input is multiplied by, less 1, and what is added to it: (C,) each."""
 
@@ -41,22 +38,24 @@ class NeighbourhoodAttention(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(head_dim, EPS), nn.RMSNorm(head_dim, EPS)
         self._channels, self._head_dim = channels, head_dim
 
-    def queries(self, x: mx.array, region: Region, computed: Computed) -> mx.array:
+    def queries(self, x: mx.array, region: Region, backend: Backend) -> mx.array:
         """(B, T, H, W, C) to (B, T, H, W, heads, D), scaled."""
-        q = computed(self._projected(x, 0, 1)[..., 0, :, :])
+        computed = backend.computed
+        q = computed(self._projected(x, 0, 1, region, backend)[..., 0, :, :])
         q = computed(self.q_norm(q) * self._head_dim**-0.5)
         return computed(rotated(q, rotary_factors(region, self._head_dim)))
 
-    def keys_and_values(self, x: mx.array, region: Region, computed: Computed) -> mx.array:
+    def keys_and_values(self, x: mx.array, region: Region, backend: Backend) -> mx.array:
         """(B, T, H, W, C) to (B, T, H, W, 2, heads, D)."""
-        kv = computed(self._projected(x, 1, 3))
+        computed = backend.computed
+        kv = computed(self._projected(x, 1, 3, region, backend))
         k = computed(self.k_norm(kv[..., 0, :, :]))
         k = computed(rotated(k, rotary_factors(region, self._head_dim)))
         return mx.stack([k, kv[..., 1, :, :]], axis=-3)
 
-    def _projected(self, x: mx.array, first: int, last: int) -> mx.array:
+    def _projected(self, x: mx.array, first: int, last: int, region: Region, backend: Backend) -> mx.array:
         rows = slice(first * self._channels, last * self._channels)
-        y = mx.addmm(self.qkv.bias[rows], x, self.qkv.weight[rows].T)
+        y = backend.linear(x, self.qkv.weight[rows], self.qkv.bias[rows], region)
         return y.reshape(*x.shape[:-1], last - first, -1, self._head_dim)
 
 
@@ -69,8 +68,9 @@ class SwiGLU(nn.Module):
         self.w_gate = nn.Linear(channels, hidden, bias=False)
         self.w_down = nn.Linear(hidden, channels, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.w_down(nn.silu(self.w_gate(x)) * self.w_up(x))
+    @property
+    def weights(self) -> MLPWeights:
+        return MLPWeights(self.w_up.weight, self.w_gate.weight, self.w_down.weight)
 
 
 class NABlock(nn.Module):
@@ -94,7 +94,7 @@ class NABlock(nn.Module):
         self,
         producer: int,
         modulations: tuple[Modulation, Modulation] | None = None,
-        addend: tuple[Read, Callable[[mx.array], mx.array]] | None = None,
+        addend: tuple[Read, nn.Linear] | None = None,
     ) -> list[Step]:
         """Keys and values, then the block.
 
@@ -131,7 +131,7 @@ class NABlock(nn.Module):
         def compute(part: Region) -> mx.array:
             x = inputs[0][:, part.time.inside(where.output.time)]
             normed = where.backend.computed(modulated(self.norm1(x), modulation))
-            kv = self.attn.keys_and_values(normed, part, where.backend.computed)
+            kv = self.attn.keys_and_values(normed, part, where.backend)
             return kv.reshape(*x.shape[:-1], -1)
 
         return by_frames(compute, where.output, self._frames_at_once(where))
@@ -147,37 +147,29 @@ class NABlock(nn.Module):
         inputs: Inputs,
         where: Where,
         modulations: tuple[Modulation | None, Modulation | None],
-        add: Callable[[mx.array], mx.array] | None,
+        add: nn.Linear | None,
     ) -> mx.array:
         kv = inputs[0].reshape(*inputs[0].shape[:-1], 2, self._heads, -1)
-        block, pairs = self._attention_block(where), where.backend.tile_elements
+        block, backend = self._attention_block(where), where.backend
 
         def compute(part: Region) -> mx.array:
             frames = part.time.inside(where.output.time)
             x = inputs[1][:, frames]
             normed = where.backend.computed(modulated(self.norm1(x), modulations[0]))
-            q = self.attn.queries(normed, part, where.backend.computed)
+            q = self.attn.queries(normed, part, where.backend)
             mx.eval(q)
             del normed
-            a = neighbourhood_attention(q, kv, self._kernel, part, where.inputs[0], block, pairs)
-            x = x + self.attn.proj(a.reshape(x.shape))
+            a = backend.attention(q, kv, self._kernel, part, where.inputs[0], block)
+            proj = self.attn.proj
+            x = x + backend.linear(a.reshape(x.shape), proj.weight, proj.bias, part)
             mx.eval(x)
             del q, a
-            x = self._with_mlp(x, modulations[1], where)
-            return x if add is None else x + add(inputs[2][:, frames])
+            x = backend.mlp(x, lambda x: modulated(self.norm2(x), modulations[1]), self.mlp.weights, part)
+            if add is None:
+                return x
+            return x + backend.linear(inputs[2][:, frames], add.weight, add.bias, part)
 
         return by_frames(compute, where.output, block[0])
-
-    def _with_mlp(self, x: mx.array, modulation: Modulation | None, where: Where) -> mx.array:
-        """x and its MLP, by tiles of positions, of which alone the hidden widths are alive."""
-        positions = x.reshape(-1, self._channels)
-        tile = self._tile(where)
-        done = []
-        for start in range(0, len(positions), tile):
-            part = positions[start : start + tile]
-            done.append(part + self.mlp(modulated(self.norm2(part), modulation)))
-            mx.eval(done[-1])
-        return (mx.concatenate(done) if len(done) > 1 else done[0]).reshape(x.shape)
 
     def _block_taken(self, where: Where) -> Taken:
         block, backend = self._attention_block(where), where.backend
@@ -196,10 +188,9 @@ class NABlock(nn.Module):
                 backend.tile_elements,
             )
         )
-        call = max(backend.attention_bytes(size_of_call, size) for size_of_call in calls)
         result = few * c * size
-        attending = 2 * result + call
-        mixing = 2 * result + backend.mlp_bytes(min(few, self._tile(where)) * self._hidden, size)
+        attending = 2 * result + backend.attention_bytes(calls, few * c, size)
+        mixing = backend.mlp_bytes(few, c, self._hidden, size)
         phases = backend.queries_bytes(few * c, size), attending, 4 * result, mixing
         kept = 2 * width * where.inputs[0].volume
         copied = kept * size * (where.batch > 1)
@@ -212,9 +203,6 @@ class NABlock(nn.Module):
     def _frames_at_once(self, where: Where) -> int:
         area = where.batch * where.output.area * self._channels
         return min(where.output.time.length, max(1, where.backend.tile_elements // area))
-
-    def _tile(self, where: Where) -> int:
-        return max(1, where.backend.tile_elements // self._hidden)
 
     @staticmethod
     def _positions(where: Where, frames: int) -> tuple[int, int]:

@@ -85,6 +85,7 @@ def workspace_bytes(
     """What `convolve` takes of its workspace for (frames, height, width) outputs."""
     shape = cut(height, width, in_channels, out_channels)
     together = _together(shape, frames, in_channels, workers)
+    workers = min(workers, len(_jobs(shape, frames, together)))
     kernel = [] if transformed else kernel_shapes(shape.outputs, in_channels)
     return bytes_of(*kernel, *_buffer_shapes(shape, together, width, in_channels) * workers)
 
@@ -118,11 +119,10 @@ def convolve(
     together = _together(shape, frames, channels, workers)
     kernel = [] if transformed is not None else kernel_shapes(shape.outputs, channels)
     own = _buffer_shapes(shape, together, width, channels)
+    jobs = _jobs(shape, frames, together)
+    workers = min(workers, len(jobs))
     arrays = (workspace or Workspace()).take(*kernel, *own * workers)
     buffers = [_Buffers(*arrays[i : i + len(own)]) for i in range(len(kernel), len(arrays), len(own))]
-    jobs = [
-        (block, t, min(t + together, frames)) for block in shape.blocks for t in range(0, frames, together)
-    ]
     for first in range(0, out_channels, shape.outputs):
         part = slice(first, min(first + shape.outputs, out_channels))
         if transformed is None:
@@ -165,6 +165,11 @@ def _together(shape: Cut, frames: int, channels: int, workers: int) -> int:
     fit = FRAME_BYTES // (4 * PRODUCTS * shape.rows * shape.columns * channels) - 2
     even = frames if len(shape.blocks) >= 2 * workers else -(-frames // workers)
     return max(1, min(fit, even))
+
+
+def _jobs(shape: Cut, frames: int, together: int) -> list[Job]:
+    starts = range(0, frames, together)
+    return [(block, t, min(t + together, frames)) for block in shape.blocks for t in starts]
 
 
 def _share(work: _Pass, jobs: list[Job], buffers: list[_Buffers]) -> None:

@@ -1,0 +1,77 @@
+"""What a caller asks for, made into the job, the fingerprint and the sound of one decode."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vae_tiling.arguments import require
+from mlx_vae_tiling.media.video import frame_rate
+from mlx_vae_tiling.runtime.frames import KINDS
+from mlx_vae_tiling.runtime.job import Job
+from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
+from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.vae.base import StreamingDecoder
+
+
+def new_job(
+    decoder: StreamingDecoder,
+    latents: mx.array,
+    bits: int,
+    plan: DecodePlan | None,
+    options: dict[str, Any],
+    planning: dict[str, Any],
+    noise: mx.array | None,
+    progress: bool = False,
+    fitting: bool = True,
+) -> Job:
+    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
+    require("plan", plan, "a DecodePlan or None", DecodePlan, None)
+    require("bits", bits, "8, 16 or 32", int)
+    if bits not in KINDS:
+        raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
+    if plan is not None:
+        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
+            options[name] = planned if options.get(name) is None else options[name]
+    if progress:
+        planning["tell"] = _print
+    resolved = decoder.options(**options)
+    job = Job.prepare(decoder, latents, resolved, KINDS[bits], plan, noise=noise, fitting=fitting, **planning)
+    if len(latents) != 1:
+        raise ValueError(
+            f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"
+        )
+    return job
+
+
+def fingerprint_job(job: Job, noise: mx.array | None) -> dict[str, str]:
+    """What a resumed decode, and all ranks of one, have to share."""
+    settings: dict[str, Any] = {
+        "tiling": job.plan.tiling,
+        "output": job.plan.output,
+        "bits": 8 * job.dtype.itemsize,
+    }
+    settings |= vars(job.options)
+    settings |= {"backend": job.plan.backend.name, "convolution_form": job.decoder.convolution_form}
+    if noise is not None:
+        settings["noise"] = hash_of(noise).hex()
+    return fingerprint_of(job.decoder, job.latents, **settings)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def sound_of(audio: str | os.PathLike[str] | None, plan: DecodePlan, fps: float | str) -> dict[str, Any]:
+    """What `open_video` needs to cut the sound of a clip to the window that is decoded."""
+    if audio is None:
+        return {}
+    frames, rate = plan.output.time, frame_rate(fps)
+    return {
+        "audio": audio,
+        "audio_start_seconds": float(frames.start / rate),
+        "clip_seconds": float(frames.size / rate),
+    }
