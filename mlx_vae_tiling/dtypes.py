@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.arguments import told
+
 
 class FloatType(NamedTuple):
     """A floating-point type.
@@ -53,5 +55,5 @@ def parse_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
     }
     parsed = names.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(names)} or None, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(names)} or None, got {told(dtype)}")
     return parsed

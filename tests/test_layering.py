@@ -11,6 +11,7 @@ PACKAGE = "mlx_vae_tiling"
 ROOT = Path(__file__).parent.parent / PACKAGE
 # From the bottom up; parts of one layer do not know each other.
 TIERS = (
+    ("arguments",),
     ("dtypes", "demo"),
     ("tiling", "media"),
     ("vae",),

@@ -12,12 +12,16 @@ import av
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.runtime.output import kept_frames
+from mlx_vae_tiling.media.png import numbers
+from mlx_vae_tiling.media.video import first_file
+from mlx_vae_tiling.runtime.output import kept_frames, store_folder
 
-KILLS = 10
-"""Of each case."""
+KILLS = int(os.environ.get("KILLS", 5))
+"""Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes half an hour."""
 
 FRAMES = 153
+
+SUFFIXES = ("npy", "png", "mp4", "mov")
 
 PROGRAM = """
 import sys
@@ -47,8 +51,10 @@ def start(path, limit, windows):
 def progress(path):
     """Something that changes as frames are finished, without disturbing whoever writes them."""
     try:
-        done = json.loads((path.with_name(path.name + ".partial") / "journal.json").read_text())["done"]
+        done = json.loads((store_folder(path) / "journal.json").read_text())["done"]
         beside = path.with_name(f"{path.stem}.partial{path.suffix}")
+        if not done and path.suffix == ".png":
+            return len(numbers(str(beside)))
         return sum(done) if done else beside.stat().st_size
     except FileNotFoundError:
         return 0
@@ -56,7 +62,7 @@ def progress(path):
 
 def complete(path):
     """Whether the output stands at its place with nothing left beside it."""
-    return path.exists() and not path.with_name(path.name + ".partial").exists()
+    return os.path.exists(first_file(path)) and not store_folder(path).exists()
 
 
 def kill_at_random(process, path, draw):
@@ -68,6 +74,15 @@ def kill_at_random(process, path, draw):
     process.kill()
     assert process.wait() in (0, -signal.SIGKILL)
     return process.returncode != 0
+
+
+def images(path):
+    """All numbered images (F, H, W, 3)."""
+    found = []
+    for number in numbers(str(path)):
+        with av.open(str(path) % number) as image:
+            found.append(next(image.decode(video=0)).to_ndarray(format="rgb24"))
+    return np.stack(found)
 
 
 def assert_shows(path, expected):
@@ -83,7 +98,8 @@ def assert_shows(path, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("suffix", "limit", "windows"), [("npy", 2_000_000, 1), ("npy", 1_800_000, 2), ("mp4", 2_000_000, 1)]
+    ("suffix", "limit", "windows"),
+    [(suffix, limit, windows) for suffix in SUFFIXES for limit, windows in ((2_000_000, 1), (1_800_000, 2))],
 )
 def test_kill_and_resume(suffix, limit, windows, tmp_path):
     draw, kills, inside, decodes = random.Random(windows), 0, 0, 0
@@ -93,13 +109,15 @@ def test_kill_and_resume(suffix, limit, windows, tmp_path):
     # How many kills fall between the first and the last frame depends on the machine.
     while kills < KILLS or inside <= KILLS / 2:
         assert kills < 6 * KILLS, "hardly any kill fell between the first and the last frame"
-        path = tmp_path / f"{decodes}.{suffix}"
+        path = tmp_path / (f"{decodes}_%05d.png" if suffix == "png" else f"{decodes}.{suffix}")
         while not complete(path) and kill_at_random(start(path, limit, windows), path, draw):
             kills += 1
             kept = kept_frames(path)
             inside += kept is not None and 0 < kept[1] < 1
         if suffix == "npy":
             assert path.read_bytes() == (tmp_path / "expected.npy").read_bytes()
+        elif suffix == "png":
+            assert (images(path) == expected).all()
         else:
             assert_shows(path, expected)
         assert complete(path) and kept_frames(path) is None

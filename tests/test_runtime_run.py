@@ -186,6 +186,12 @@ FAULTS = {
 }
 
 
+INFINITE = {
+    sign: lambda x, sign=sign: mx.where(mx.arange(x.shape[-1]) == 5, sign * float("inf"), x)
+    for sign in (1, -1)
+}
+
+
 def break_frame(monkeypatch, frame, times, fault=FAULTS["not finite"], raises=None):
     """Output frame `frame` is wrong the first `times` times that it is decoded; or an exception is raised."""
     run_stream, left = VideoDecoder.run, [times]
@@ -214,11 +220,18 @@ def break_frame(monkeypatch, frame, times, fault=FAULTS["not finite"], raises=No
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("fault", [*FAULTS.values(), lambda x: mx.full(x.shape, 0.3)])
+@pytest.mark.parametrize("fault", [*FAULTS.values(), *INFINITE.values(), lambda x: mx.full(x.shape, 0.3)])
 def test_a_fault_is_tried_again(decoder, latents, limit, fault, monkeypatch):
     expected = decoder(latents)
     break_frame(monkeypatch, 9, 1, fault)
     assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
+
+
+def test_a_fault_is_tried_again_with_half_the_chunk(decoder, latents, monkeypatch):
+    paces = record_paces(monkeypatch)
+    break_frame(monkeypatch, 9, 1)
+    frames_of(decoder, latents, memory_limit=LIMITS["whole"])
+    assert [pace.latent_frames for pace in paces] == [SIZE[0] // 2]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

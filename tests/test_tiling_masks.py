@@ -45,6 +45,11 @@ def test_empty_mask_raises(length):
         compute_trapezoidal_mask_1d(length, 1, 1)
 
 
+def test_a_mask_that_no_video_needs_raises():
+    with pytest.raises(ValueError, match=f"length must be at most {2**24}, got {2**24 + 1}"):
+        compute_trapezoidal_mask_1d(2**24 + 1, 1, 1)
+
+
 @pytest.mark.parametrize("module", ["masks", "intervals", "config", "decode"])
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(f"mlx_vae_tiling.tiling.{module}"))

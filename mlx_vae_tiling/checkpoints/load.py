@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.checkpoints.configs import Config
 from mlx_vae_tiling.checkpoints.describe import find_decoder
 from mlx_vae_tiling.checkpoints.identify import StoredTensor
@@ -18,6 +21,7 @@ from mlx_vae_tiling.dtypes import STORED, FloatType, parse_dtype
 from mlx_vae_tiling.media.safetensors_header import TensorEntry
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
+from mlx_vae_tiling.vae.published import AnyConfig
 
 PART = 2**20
 """Values that are looked at together, so that looking takes no more memory than this."""
@@ -63,6 +67,9 @@ def load_decoder(
         >>> load_decoder("demo").config.parameters
         1809072
     """
+    kinds = (str, os.PathLike, Mapping, AnyConfig, None)
+    require("config", config, "a config, the name of a version, its JSON or a path", *kinds)
+    require("dtype", dtype, "a dtype, its name or None", str, mx.Dtype, None)
     wanted = None if dtype is None else parse_dtype(dtype)
     stored = find_decoder(source, config)
     decoder = build_decoder(stored.info.config)

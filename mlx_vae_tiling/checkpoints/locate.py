@@ -72,7 +72,7 @@ def parse_source(source: str | os.PathLike[str]) -> Path | Remote:
         TypeError: If it is neither text nor a path.
     """
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a VAE must be named by text or a path, got {type(source).__name__}")
+        raise TypeError(f"source: a VAE must be named by text or a path, got {type(source).__name__}")
     if source == "demo":
         return DEMO
     path = Path(os.path.expanduser(source))

@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, STORED
 
 from .stored import StoredTensor, TensorFile
@@ -87,6 +89,11 @@ def read_latents(
     channels: int = 128,
 ) -> SavedLatents:
     """Load saved video latents as `load_latents` does, with what the file says beside them."""
+    require("path", path, "text or a path", str, os.PathLike)
+    require("key", key, "text or None", str, None)
+    require("latent_size", latent_size, "(F, H, W) or None", tuple, list, None)
+    for size in (channels, *(latent_size or ())):
+        require("channels and latent_size", size, "whole numbers", Integral)
     path = str(DEMO) if path == "demo" else os.fspath(path)
     if latent_size is not None and (len(latent_size) != 3 or min(latent_size) < 1):
         raise ValueError(f"latent_size must be three positive numbers (F, H, W), got {latent_size}")
@@ -124,7 +131,7 @@ def looks_denormalized(latents: mx.array, mean: mx.array, std: mx.array) -> bool
 def _choose(path: str, tensors: dict[str, StoredTensor], key: str | None, channels: int) -> str:
     listing = _listing(tensors)
     if key is not None and key not in tensors:
-        raise ValueError(f"key (--key) must name a tensor of {path}, got {key!r}; it holds {listing}")
+        raise ValueError(f"key (--key) must name a tensor of {path}, got {told(key)}; it holds {listing}")
     wanted = [key] if key is not None else [name for name in tensors if "audio" not in name.lower()]
     candidates = [name for name in wanted if _is_video(tensors[name], channels)]
     if key is None and path.lower().endswith(".latent") and _COMFYUI_KEY in candidates:

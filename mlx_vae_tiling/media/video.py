@@ -11,6 +11,8 @@ import os
 from dataclasses import replace
 from fractions import Fraction
 
+from mlx_vae_tiling.arguments import told
+
 from .audio import open_sound
 from .movie import Movie, frames_in_movie, open_movie
 from .npy import frames_in_npy, open_npy
@@ -134,9 +136,9 @@ def frame_rate(fps: float | str | Fraction) -> Fraction:
     try:
         rate = Fraction(str(fps))
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"fps must be a number or a fraction such as 24000/1001, got {fps!r}") from error
+        raise ValueError(f"fps must be a number or a fraction such as 24000/1001, got {told(fps)}") from error
     if not Fraction(1, 100) <= rate <= 1000:
-        raise ValueError(f"fps must be between 0.01 and 1000, got {fps!r}")
+        raise ValueError(f"fps must be between 0.01 and 1000, got {told(fps)}")
     near = [ntsc for ntsc in _NTSC_RATES if abs(ntsc - rate) < Fraction(1, 200)]
     return near[0] if near else rate.limit_denominator(1001)
 
@@ -165,7 +167,7 @@ def _pattern(path: str, create: bool) -> str:
 def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: float | None) -> Movie:
     codec = codec or _CODECS[suffix][0]
     if codec not in _CODECS[suffix]:
-        raise ValueError(f"codec of {suffix} must be one of {', '.join(_CODECS[suffix])}, got {codec!r}")
+        raise ValueError(f"codec of {suffix} must be one of {', '.join(_CODECS[suffix])}, got {told(codec)}")
     if codec == "prores":
         _check_unused(path, None, quality, None)
     if quality is not None and not 1 <= quality <= 51:
@@ -177,10 +179,11 @@ def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: f
 def _check_unused(path: str, codec: str | None, quality: float | None, audio: object) -> None:
     if codec is not None or quality is not None:
         raise ValueError(
-            f"codec and quality are for H.264 and HEVC, leave them out for {path}: {codec}, {quality}"
+            f"codec and quality are for H.264 and HEVC, leave them out for {path}: "
+            f"{told(codec)}, {told(quality)}"
         )
     if audio is not None:
-        raise ValueError(f"audio is for .mp4 and .mov, leave it out for {path}: {audio}")
+        raise ValueError(f"audio is for .mp4 and .mov, leave it out for {path}: {told(audio)}")
 
 
 def _check_av(path: str) -> None:

@@ -13,6 +13,7 @@ from numbers import Real
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import told
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import current_backend
 
@@ -44,7 +45,7 @@ def parse_bytes(amount: int | float | str) -> int:
     elif isinstance(amount, Real) and not isinstance(amount, bool) and 1 <= amount < 2**63:
         return int(amount)
     raise ValueError(
-        f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {amount!r}"
+        f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {told(amount)}"
     )
 
 

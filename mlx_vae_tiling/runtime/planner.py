@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
 from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
@@ -68,6 +70,8 @@ def plan_decode(
     if not isinstance(decoder, StreamingDecoder):
         decoder, dtype = build_decoder(decoder), dtype or mx.bfloat16
     channels = decoder.config.latent_channels
+    require("dtype", dtype, "a dtype, its name or None", str, mx.Dtype, None)
+    _require_kinds(latent_shape, window, parts, chunk)
     if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
         raise ValueError(
             f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
@@ -86,7 +90,7 @@ def plan_decode(
         model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
-        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {tiling}")
+        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
     halo = None if tiling is None else int(tiling)
     backends = [model.backend]
     if not isinstance(backend, Backend):
@@ -99,6 +103,19 @@ def plan_decode(
         return _plan_exact(model, wanted, budget, halo, parts, chunk)
 
     return fewest_windows(planned, backends)
+
+
+def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object) -> None:
+    require("latent_shape", latent_shape, "(B, C, F, H, W)", tuple, list)
+    for size in latent_shape:
+        require("latent_shape", size, "five whole numbers", Integral)
+    require("window", window, "a Window or None", Window, None)
+    require("parts", parts, "those of an earlier plan, or None", tuple, None)
+    for part in parts or ():
+        require("parts", part, "those of an earlier plan", Part)
+    require("chunk", chunk, "(latent frames, most frames of a layer) or None", tuple, None)
+    if isinstance(chunk, tuple) and len(chunk) != 2:
+        raise ValueError(f"chunk must be (latent frames, most frames of a layer), got {told(chunk)}")
 
 
 def _plan_exact(

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.frames import KINDS
 from mlx_vae_tiling.runtime.job import Job
@@ -28,6 +29,8 @@ def new_job(
     fitting: bool = True,
 ) -> Job:
     """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
+    require("plan", plan, "a DecodePlan or None", DecodePlan, None)
+    require("bits", bits, "8, 16 or 32", int)
     if bits not in KINDS:
         raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
     if not isinstance(decoder, StreamingDecoder):

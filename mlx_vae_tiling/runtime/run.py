@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.runtime.crew import Crew, joined
 from mlx_vae_tiling.runtime.faults import tried_twice
 from mlx_vae_tiling.runtime.flow import frames_of
@@ -207,6 +208,8 @@ def _write(
         The job as it was begun, frames of the output that an earlier run had decoded, and the seconds
         that decoding the others was expected to take.
     """
+    for name in ("resume", "overwrite"):
+        require(name, video[name], "True or False", bool)
     stored, expected = several if team is None else team.stored, None
     with open_output(path, job.plan, job.dtype, fingerprint, stored=stored, **video) as output:
         if output.writer is not None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import FLOAT_TYPES
 
 PRECISIONS = {kind.short_name: kind.mlx for kind in FLOAT_TYPES}
@@ -100,6 +101,7 @@ def precision_of(args: Any) -> mx.Dtype | None:
         name = option(config, field_name, PipelineConfig)
         if name is not None:
             break
+    require(field_name, name, "text or None", str, None)
     if name is not None and name not in PRECISIONS:
-        raise ValueError(f"{field_name} must be one of {', '.join(PRECISIONS)} or None, got {name!r}")
+        raise ValueError(f"{field_name} must be one of {', '.join(PRECISIONS)} or None, got {told(name)}")
     return None if name is None else PRECISIONS[name]

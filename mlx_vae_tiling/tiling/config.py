@@ -1,10 +1,15 @@
 """Tile sizes and overlaps, in pixels and frames of the output."""
 
 from dataclasses import dataclass
+from numbers import Integral
+
+from mlx_vae_tiling.arguments import require
 
 
 def _check_tile(unit: str, size: int, overlap: int, minimum: int, multiple: int) -> None:
     size_name, overlap_name = f"tile_size_in_{unit}", f"tile_overlap_in_{unit}"
+    require(size_name, size, "a whole number", Integral)
+    require(overlap_name, overlap, "a whole number", Integral)
     if size < minimum:
         raise ValueError(f"{size_name} must be at least {minimum}, got {size}")
     if overlap < 0:

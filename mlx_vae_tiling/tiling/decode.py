@@ -9,10 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.tiling.config import TilingConfig
 from mlx_vae_tiling.tiling.plan import AxisTile, TilePlan, plan_tiles
 
 logger = logging.getLogger(__name__)
+
+LARGEST_SCALE = 2**12
+"""No decoder comes near; sizes far beyond it do not fit into 32 bits."""
 
 OnFramesReady = Callable[[mx.array, int], object]
 
@@ -62,6 +66,12 @@ def iter_decode_with_tiling(
         >>> [piece.shape for piece in iter_decode_with_tiling(upscale, latents, tiling)]
         [(1, 3, 16, 64, 64), (1, 3, 24, 64, 64), (1, 3, 25, 64, 64)]
     """
+    require("latents", latents, "an mx.array", mx.array)
+    require("tiling_config", tiling_config, "a TilingConfig or None", TilingConfig, None)
+    for name, scale in (("spatial_scale", spatial_scale), ("temporal_scale", temporal_scale)):
+        require(name, scale, "a whole number", int)
+        if scale > LARGEST_SCALE:
+            raise ValueError(f"{name} must be at most {LARGEST_SCALE}, got {told(scale)}")
     if latents.ndim != 5 or 0 in latents.shape:
         raise ValueError(f"latents must have a non-empty shape (B, C, F, H, W), got {latents.shape}")
     options = {"causal": causal, "timestep": timestep, "debug": debug}

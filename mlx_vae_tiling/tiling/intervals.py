@@ -1,10 +1,12 @@
 """Splits an axis of the latents into overlapping intervals and maps them to output pixels or frames."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import mlx.core as mx
 
-from mlx_vae_tiling.tiling.masks import compute_trapezoidal_mask_1d
+from mlx_vae_tiling.arguments import require, told
+from mlx_vae_tiling.tiling.masks import LARGEST_LENGTH, compute_trapezoidal_mask_1d
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,14 @@ def split_in_spatial(size: int, overlap: int, dimension_size: int) -> DimensionI
         >>> split_in_spatial(4, 1, 9)
         DimensionIntervals(starts=[0, 3, 6], ends=[4, 7, 9], left_ramps=[0, 1, 1], right_ramps=[1, 1, 0])
     """
+    for name, value in (("size", size), ("overlap", overlap), ("dimension_size", dimension_size)):
+        require(name, value, "a whole number", Integral)
     if not 0 <= overlap < size:
         raise ValueError(f"overlap must be at least 0 and less than size, got {overlap} and {size}")
     if dimension_size <= 0:
         raise ValueError(f"dimension_size must be positive, got {dimension_size}")
+    if dimension_size > LARGEST_LENGTH:
+        raise ValueError(f"dimension_size must be at most {LARGEST_LENGTH}, got {told(dimension_size)}")
     if dimension_size <= size:
         return DimensionIntervals([0], [dimension_size], [0], [0])
     stride = size - overlap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.cpu import CPUBackend
 from mlx_vae_tiling.vae.metal import MetalBackend
@@ -25,10 +26,11 @@ def backend_of(backend: Backend | str | None) -> Backend:
     Raises:
         ValueError: If there is none of this name.
     """
+    require("backend", backend, f"one of {', '.join(BACKENDS)}, a Backend or None", str, Backend, None)
     if backend is None:
         return current_backend()
     if isinstance(backend, str):
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {told(backend)}")
         return BACKENDS[backend]
     return backend

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.options import DecodeOptions, Noise
@@ -110,6 +111,7 @@ class StreamingDecoder(SteppedDecoder):
         )
         self.check(latents, options)
         noise = self.noise(latents.shape, options, noise)
+        require("window", window, "a Window or None", Window, None)
         pixels = (window or Window()).region(*self.output_shape(latents.shape)[2:])
         pace = Pace(latent_frames_per_step, max_chunk_frames)
         return self.run(latents, options, pixels, pace, noise, backend)

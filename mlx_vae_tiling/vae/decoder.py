@@ -24,7 +24,7 @@ from mlx_vae_tiling.vae.layers import (
     modulations,
 )
 from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.options import DecodeOptions, require_options
 from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
@@ -97,6 +97,7 @@ class VideoDecoder(StreamingDecoder):
         num_inference_steps: int | None = None,
     ) -> DecodeOptions:
         """What `stream` was told, with this decoder's defaults for what it was not."""
+        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
         if num_inference_steps not in (None, 1):
             raise ValueError(
                 f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"

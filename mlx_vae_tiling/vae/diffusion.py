@@ -24,7 +24,7 @@ from mlx_vae_tiling.vae.diffusion_layers import (
 )
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options
 from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
@@ -111,6 +111,7 @@ class DiffusionDecoder(StreamingDecoder):
         Raises:
             ValueError: If something is asked for that a diffusion decoder does not have.
         """
+        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
         refused = {"causal": causal or None, "timestep": timestep, "noise_scale": noise_scale}
         for name, value in refused.items():
             if value is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.vae.regions import Region
 
 
@@ -34,10 +36,27 @@ class DecodeOptions:
         if not 0 <= self.noise_scale <= 1:
             raise ValueError(f"noise_scale must lie between 0 and 1, got {self.noise_scale}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(self.seed)}")
         object.__setattr__(self, "seed", int(self.seed))  # NumPy's is written in another way
         if self.inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.inference_steps}")
+
+
+def require_options(
+    causal: object, timestep: object, noise_scale: object, normalized: object, num_inference_steps: object
+) -> None:
+    """Raises a `TypeError` where an option is of no kind that it can have; None is the decoder's default."""
+    require("causal", causal, "True, False or None", bool, np.bool_, None)
+    require("timestep", timestep, "a number, or an array or list of them", Real, list, tuple, mx.array, None)
+    numbers = [timestep] if isinstance(timestep, Real) else timestep
+    if isinstance(numbers, list | tuple):
+        for number in numbers:
+            require("timestep", number, "a number, or an array or list of them", Real)
+            if not abs(number) < 1e9:
+                raise ValueError(f"timestep must be finite and small, got {told(timestep)}")
+    require("noise_scale", noise_scale, "a number or None", Real, None)
+    require("normalized", normalized, "True or False", bool, np.bool_)
+    require("num_inference_steps", num_inference_steps, "an integer or None", Integral, None)
 
 
 @dataclass(frozen=True)

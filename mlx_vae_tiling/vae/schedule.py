@@ -10,8 +10,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.vae.regions import Need, Region, Span
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Pace:
     def __post_init__(self) -> None:
         for name in ("latent_frames", "max_chunk_frames"):
             value = getattr(self, name)
+            require(name, value, "a whole number", Integral, *([None] if name == "max_chunk_frames" else []))
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import backend_of
@@ -106,6 +107,7 @@ class SteppedDecoder(WeightedModule):
         Raises:
             ValueError: If an array is given and the decoder has no use for one.
         """
+        require("noise", given, "an mx.array, a Noise or None", mx.array, Noise, None)
         if isinstance(given, mx.array):
             raise ValueError("noise as an array is for diffusion decoders; this one takes a seed")
         return given or Noise(options.seed, (latent_shape[3], latent_shape[4]))

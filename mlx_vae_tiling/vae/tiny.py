@@ -19,7 +19,7 @@ from mlx_vae_tiling.vae.backend import Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.needs import Chained, Trimmed
 from mlx_vae_tiling.vae.operations import cut
-from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.options import DecodeOptions, require_options
 from mlx_vae_tiling.vae.regions import Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
@@ -93,6 +93,7 @@ class TinyDecoder(StreamingDecoder):
         Raises:
             ValueError: If the latents are said not to be normalised, or several steps are asked for.
         """
+        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
         if num_inference_steps not in (None, 1):
             raise ValueError(
                 f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
