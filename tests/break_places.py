@@ -250,7 +250,7 @@ PLACES = [
         ("except RecursionError:", "except ZeroDivisionError:"),
         ("found.st_size > _MOST_BYTES", "found.st_size < 0"),
         ("not stat.S_ISREG(found.st_mode)", "False"),
-        ("    os.replace(fresh, folder / NAME)\n", "    os.link(fresh, folder / NAME)\n"),
+        ("    replace_durably(os.fspath(fresh), os.fspath(folder / NAME))\n", "    os.link(fresh, folder / NAME)\n"),
     ),
     *places(
         "runtime/output.py",
