@@ -250,7 +250,10 @@ PLACES = [
         ("except RecursionError:", "except ZeroDivisionError:"),
         ("found.st_size > _MOST_BYTES", "found.st_size < 0"),
         ("not stat.S_ISREG(found.st_mode)", "False"),
-        ("    replace_durably(os.fspath(fresh), os.fspath(folder / NAME))\n", "    os.link(fresh, folder / NAME)\n"),
+        (
+            "    replace_durably(os.fspath(fresh), os.fspath(folder / NAME))\n",
+            "    os.link(fresh, folder / NAME)\n",
+        ),
     ),
     *places(
         "runtime/output.py",
