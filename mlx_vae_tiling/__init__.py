@@ -1,76 +1,23 @@
 """Decode LTX video latents with MLX: exact, streamed, within a memory budget."""
 
-from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
-from mlx_vae_tiling.checkpoints.fetch import fetch_vae
-from mlx_vae_tiling.checkpoints.load import load_decoder
-from mlx_vae_tiling.media.latents import load_latents
-from mlx_vae_tiling.runtime.memory import memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.report import DecodeReport
-from mlx_vae_tiling.runtime.run import decode_frames, decode_to_file
-from mlx_vae_tiling.runtime.verification import Verification
-from mlx_vae_tiling.runtime.verify import verify_decode
-from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
-from mlx_vae_tiling.stage.decoding import DecodingStage
-from mlx_vae_tiling.stage.verification import VerificationResult
-from mlx_vae_tiling.tiling import (
-    DimensionIntervals,
-    SpatialTilingConfig,
-    TemporalTilingConfig,
-    TilingConfig,
-    compute_trapezoidal_mask_1d,
-    decode_with_tiling,
-    iter_decode_with_tiling,
-    map_spatial_slice,
-    map_temporal_slice,
-    split_in_spatial,
-    split_in_temporal,
-)
-from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.decoder import VideoDecoder
-from mlx_vae_tiling.vae.diffusion import DiffusionDecoder
-from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
-from mlx_vae_tiling.vae.regions import Window
-from mlx_vae_tiling.vae.tiny import TinyDecoder
-from mlx_vae_tiling.vae.tiny_config import TinyDecoderConfig
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CheckpointWarning",
-    "DecodeBatch",
-    "DecodePlan",
-    "DecodeReport",
-    "DecoderConfig",
-    "DecodingArgs",
-    "DecodingStage",
-    "DiffusionDecoder",
-    "DiffusionDecoderConfig",
-    "DimensionIntervals",
-    "SpatialTilingConfig",
-    "TemporalTilingConfig",
-    "TilingConfig",
-    "TinyDecoder",
-    "TinyDecoderConfig",
-    "Verification",
-    "VerificationResult",
-    "VideoDecoder",
-    "Window",
-    "__version__",
-    "compute_trapezoidal_mask_1d",
-    "decode_frames",
-    "decode_to_file",
-    "decode_with_tiling",
-    "fetch_vae",
-    "iter_decode_with_tiling",
-    "load_decoder",
-    "load_latents",
-    "map_spatial_slice",
-    "map_temporal_slice",
-    "memory_limits",
-    "plan_decode",
-    "split_in_spatial",
-    "split_in_temporal",
-    "verify_decode",
-]
+if TYPE_CHECKING:
+    from mlx_vae_tiling.public import *  # noqa: F403
+else:
+    # Loading MLX takes a while, in which the command must be there already to answer Ctrl-C.
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        offered = vars(import_module("mlx_vae_tiling.public"))
+        names = offered["__all__"]
+        globals().update({"__all__": ["__version__", *names], **{key: offered[key] for key in names}})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

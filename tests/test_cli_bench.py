@@ -8,7 +8,7 @@ import pytest
 from vae_cases import VERSIONS, small_decoder
 
 from mlx_vae_tiling import plan_decode
-from mlx_vae_tiling.cli.entry import main
+from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.runtime import bench
 from mlx_vae_tiling.runtime.measure import (
     machine_of,

@@ -10,7 +10,7 @@ import pytest
 from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import DecodingArgs, DecodingStage, decode_frames, decode_to_file, plan_decode
-from mlx_vae_tiling.cli.entry import main
+from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.runtime import autotune
 from mlx_vae_tiling.runtime.autotune import measure_forms, part_of, plan_to_run, tune_for
 from mlx_vae_tiling.runtime.measure import machine_of

@@ -18,6 +18,7 @@ from mlx_vae_tiling.checkpoints.locate import Source
 from mlx_vae_tiling.checkpoints.parameters import parameter_shapes
 from mlx_vae_tiling.checkpoints.tensor_names import Axes
 from mlx_vae_tiling.dtypes import STORED, FloatType, parse_dtype
+from mlx_vae_tiling.forks import using_mlx
 from mlx_vae_tiling.media.safetensors_header import TensorEntry
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
@@ -91,6 +92,7 @@ def _read(tensor: StoredTensor, shape: tuple[int, ...], dtype: mx.Dtype | None) 
         value = (gate * value.astype(mx.float32)).astype(value.dtype)
     stored = value.dtype
     value = value.astype(dtype or stored)
+    using_mlx()
     mx.eval(value)
     if value.dtype != stored and not _fits(value):
         first = tensor.parts[0]

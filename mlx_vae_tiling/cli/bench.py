@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.cli.options import SOURCE, parse_config
-from mlx_vae_tiling.cli.printing import NAME, plan_fields, print_news, print_result
+from mlx_vae_tiling.cli.printing import plan_fields, print_news, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.runtime.bench import Bench, Decode, bench
 from mlx_vae_tiling.runtime.memory import format_bytes

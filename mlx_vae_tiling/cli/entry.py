@@ -1,4 +1,4 @@
-"""`main`: one command, its exit status, and one line for whatever goes wrong.
+"""`run_command`: one command, its exit status, and one line for whatever goes wrong.
 
 Results go to stdout, progress and warnings to stderr. Exit status: 0; 1 from `plan` where nothing fits and
 from `verify` where differences show; 2 after one line that says what is wrong; 130 after Ctrl-C.
@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
+from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.cli.decode import resumable
 from mlx_vae_tiling.cli.options import in_options
 from mlx_vae_tiling.cli.parser import new_parser
-from mlx_vae_tiling.cli.printing import NAME, print_error, print_warning
+from mlx_vae_tiling.cli.printing import print_error, print_warning
 from mlx_vae_tiling.media.audio import AudioWarning
 from mlx_vae_tiling.runtime.tuning import TuningWarning
 
@@ -30,7 +31,7 @@ OURS: dict[type[Warning], Literal["always", "default"]] = {
 """Our warnings, and how often they are printed; "default": once a command."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_command(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:

@@ -11,7 +11,8 @@ from mlx_vae_tiling.checkpoints.fetch import plan_fetch
 from mlx_vae_tiling.checkpoints.fetch_plan import FetchPlan
 from mlx_vae_tiling.checkpoints.locate import Located, parse_source
 from mlx_vae_tiling.checkpoints.sources import SOURCES
-from mlx_vae_tiling.cli.printing import NAME, print_result, print_warning
+from mlx_vae_tiling.cli import NAME
+from mlx_vae_tiling.cli.printing import print_result, print_warning
 from mlx_vae_tiling.runtime.memory import format_bytes
 
 PURPOSE = "transfer only the decoder of a published version or of a repository of the Hub"

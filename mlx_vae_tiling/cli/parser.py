@@ -6,8 +6,7 @@ import argparse
 from typing import NoReturn
 
 from mlx_vae_tiling import __version__
-from mlx_vae_tiling.cli import bench, decode, fetch, info, plan, verify
-from mlx_vae_tiling.cli.printing import NAME
+from mlx_vae_tiling.cli import NAME, bench, decode, fetch, info, plan, verify
 from mlx_vae_tiling.vae.published import NAMES
 
 COMMANDS = {

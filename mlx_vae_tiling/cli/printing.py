@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
+from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.runtime.memory import format_bytes
 from mlx_vae_tiling.runtime.plan import DecodePlan
 from mlx_vae_tiling.runtime.report import DecodeReport
@@ -19,8 +20,6 @@ from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Window
-
-NAME = "mlx-vae-tiling"
 
 
 def print_result(args: argparse.Namespace, text: object, fields: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, STORED
+from mlx_vae_tiling.forks import using_mlx
 
 from .stored import StoredTensor, TensorFile
 from .tensor_files import damage_reported, read_tensor_file
@@ -102,6 +103,7 @@ def read_latents(
     comfyui = path.lower().endswith(".latent") and name == _COMFYUI_KEY
     unmarked = comfyui and _COMFYUI_MARKER not in file.tensors
     stored_as = file.metadata.get(f"{name}_mlx_dtype", "").rpartition(".")[2]
+    using_mlx()
     with damage_reported(path):
         scale = _COMFYUI_UNMARKED_SCALE if unmarked else 1.0
         latents = file.tensors[name].load(_NARROWED.get(stored_as), scale)

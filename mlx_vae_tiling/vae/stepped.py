@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.dtypes import FLOATS
+from mlx_vae_tiling.forks import using_mlx
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import backend_of
 from mlx_vae_tiling.vae.config import Config
@@ -76,6 +77,7 @@ class SteppedDecoder(WeightedModule):
 
     def check(self, latents: mx.array, options: DecodeOptions) -> None:
         """Raises a `ValueError` unless these latents can be decoded with these options."""
+        using_mlx()
         self.require_weights()
         if not isinstance(latents, mx.array):
             raise ValueError(
