@@ -27,7 +27,7 @@ from mlx_vae_tiling.media import npy
 from mlx_vae_tiling.media.audio import AudioWarning
 from mlx_vae_tiling.media.video import unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
-from mlx_vae_tiling.runtime import job, journal, output, run, store
+from mlx_vae_tiling.runtime import job, journal, output, request, run, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backends import METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
@@ -228,10 +228,11 @@ def test_a_fault_is_tried_again(decoder, latents, limit, fault, monkeypatch):
 
 
 def test_a_fault_is_tried_again_with_half_the_chunk(decoder, latents, monkeypatch):
-    paces = record_paces(monkeypatch)
+    paces, plan = record_paces(monkeypatch), plan_decode(decoder, latents.shape, memory_limit=LIMITS["whole"])
+    begun = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
     break_frame(monkeypatch, 9, 1)
-    frames_of(decoder, latents, memory_limit=LIMITS["whole"])
-    assert [pace.latent_frames for pace in paces] == [SIZE[0] // 2]
+    frames_of(decoder, latents, plan=plan)
+    assert [pace.limit(8) for pace in paces] == [begun.limit(8) // 2]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -313,7 +314,7 @@ def test_a_failure_before_the_first_frame(decoder, latents, where, message, time
         monkeypatch.setattr(owner, name, fail)
 
     place = {"isfinite": (mx, "isfinite"), "weights": (mx, "eval"), "run": (VideoDecoder, "run")}
-    failing(*place.get(where, (run, "fingerprint_of")))
+    failing(*place.get(where, (request, "fingerprint_of")))
     if times == 1:
         assert decode_to_file(decoder, latents, path, memory_limit=LIMITS["streamed"]).frames == 25
         return

@@ -89,9 +89,7 @@ def plan_decode(
         # Tiles are blended in float32.
         model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
-    if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
-        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
-    halo = None if tiling is None else int(tiling)
+    halo = _halo(tiling)
     backends = [model.backend]
     if not isinstance(backend, Backend):
         everything = Window().region(*decoder.output_shape(latent_shape)[2:])
@@ -103,6 +101,12 @@ def plan_decode(
         return _plan_exact(model, wanted, budget, halo, parts, chunk)
 
     return fewest_windows(planned, backends)
+
+
+def _halo(tiling: int | None) -> int | None:
+    if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
+        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
+    return None if tiling is None else int(tiling)
 
 
 def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object) -> None:
