@@ -150,7 +150,7 @@ def test_limits_are_restored_when_one_is_refused():
 
 
 def test_peak_meter():
-    others = mx.zeros(500)
+    others = mx.zeros(500_000)
     mx.eval(others)
     meter = PeakMeter(mx.get_active_memory())
     large = mx.zeros(250_000)

@@ -21,7 +21,7 @@ from vae_cases import (
 from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan_decode
 from mlx_vae_tiling.runtime import cost
 from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, parts_of
+from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, neediest, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backends import CPU, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
@@ -193,6 +193,10 @@ def test_no_array_reaches_2_to_the_31_elements():
     costs = [model.cost(p, plan.latent_frames_per_step, plan.max_chunk_frames) for p in plan.parts]
     larger = [model.cost(p, pace.latent_frames, pace.max_chunk_frames) for p in plan.parts]
     assert max(c.elements for c in costs) < ARRAY_ELEMENTS <= max(c.elements for c in larger)
+    # Windows are told so too, whatever memory there is.
+    assert neediest(model, plan.parts, (pace.latent_frames, pace.max_chunk_frames), math.inf) == math.inf
+    needed = neediest(model, plan.parts, (plan.latent_frames_per_step, plan.max_chunk_frames), math.inf)
+    assert needed == max(c.total for c in costs)
 
 
 def test_state_is_two_frames_of_the_input_of_every_convolution():

@@ -339,15 +339,16 @@ def test_eight_steps_have_the_peak_of_one(tiling):
     assert peaks[1] == pytest.approx(peaks[0], rel=0.03)
 
 
-def test_a_failing_step_is_named_and_those_before_it_are_kept():
+@pytest.mark.parametrize(("error", "expected"), [(MemoryError, RuntimeError), (ValueError, ValueError)])
+def test_a_failing_step_is_named_and_those_before_it_are_kept(error, expected):
     def failing(latents):
         if latents.max().item() > 10:
-            raise MemoryError("too large")
+            raise error("too large")
         return latents
 
     batch = trajectory_batch(4, (1, 3, 1, 2, 2), trajectory_timesteps=mx.array([0.9, 0.7, 0.5, 0.3]))
     batch.trajectory_latents[:, 2] = 11
-    with pytest.raises(RuntimeError, match=r"step 2 \(timestep .*0\.5.*too large; the 2 steps before"):
+    with pytest.raises(expected, match=r"step 2 \(timestep .*0\.5.*too large; the 2 steps before"):
         DecodingStage(failing)(batch, DecodingArgs())
     assert batch.output is not None and len(batch.trajectory_decoded) == 2
 
