@@ -23,6 +23,7 @@ from mlx_vae_tiling.runtime import cost
 from mlx_vae_tiling.runtime.cost import CostModel, Part
 from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, neediest, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import CPU, METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
@@ -197,6 +198,18 @@ def test_no_array_reaches_2_to_the_31_elements():
     assert neediest(model, plan.parts, (pace.latent_frames, pace.max_chunk_frames), math.inf) == math.inf
     needed = neediest(model, plan.parts, (plan.latent_frames_per_step, plan.max_chunk_frames), math.inf)
     assert needed == max(c.total for c in costs)
+
+
+def test_a_piece_that_is_computed_ahead_is_counted_once():
+    class Waiting(Backend):
+        pieces_ahead = property(lambda self: 0)
+
+    shape = (1, 128, 20, 4, 6)
+    part = plan_decode(LTX_2_3, shape, memory_limit="1TB", chunk=(1, None), backend="cpu").parts[0]
+    decoder = VideoDecoder(LTX_2_3)
+    models = [CostModel(decoder, shape, mx.bfloat16, kind("cuda")) for kind in (Backend, Waiting)]
+    ahead, waiting = (model.cost(part, 1, None).total for model in models)
+    assert ahead - waiting == 8 * 3 * (4 * 32) * (6 * 32) * models[0].output_dtype.size
 
 
 def test_state_is_two_frames_of_the_input_of_every_convolution():

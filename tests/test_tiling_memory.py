@@ -13,6 +13,7 @@ from mlx_vae_tiling import (
     decode_with_tiling,
     iter_decode_with_tiling,
 )
+from mlx_vae_tiling.tiling.plan import blending_bytes, plan_tiles
 
 pytestmark = pytest.mark.cpu
 
@@ -75,3 +76,23 @@ def test_whole_video_costs_its_output_once():
     peak = measure(lambda: decode_with_tiling(upscale, array, CONFIG)).peak_bytes
     streamed = measure(lambda: drain(array)).peak_bytes
     assert peak <= 2 * 3 * 473 * 96 * 96 + streamed + 2**16
+
+
+def test_peak_of_a_decoder_that_joins_pieces_and_takes_nothing_else():
+    """The pieces of a tile are there beside the tile."""
+    array = latents(20)
+    pieces = [upscale(array[:, :, :10]), upscale(array[:, :, 10:])]
+
+    def joined(tile, *position):
+        made = [piece + 0 for piece in pieces]
+        mx.eval(made)
+        return mx.concatenate(made, axis=2)
+
+    config = TilingConfig(SpatialTilingConfig(128, 0))
+    mx.eval(pieces)
+    frames, frame_bytes = pieces[0].shape[2] + pieces[1].shape[2], 3 * 96 * 96 * 4
+    tiles = plan_tiles((1, 4, 1 + (frames - 1) // 8, 3, 3), config, 32, 8)
+    predicted = blending_bytes(tiles, 3, 4, lambda *sizes: 0, 0)
+    peak = measure(lambda: mx.eval(joined(array))).peak_bytes
+    assert peak == pytest.approx(2 * frames * frame_bytes, rel=0.05)
+    assert peak <= predicted * 1.05
