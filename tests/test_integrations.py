@@ -106,9 +106,9 @@ def statistics(decoder):
 
 def test_diffusers_decode_is_replaced(diffusers, decoder, latents, expected):
     pipe = LTX2Pipeline(numpy(latents), *statistics(decoder))
-    plan = plan_decode(decoder, latents.shape, memory_limit="8.1MB")
+    plan = plan_decode(decoder, latents.shape, memory_limit="8.6MB")
     assert plan.fits and plan.latent_frames_per_step == 1, "there must be several pieces"
-    diffusers.script.replace_decode(pipe.vae, decoder, "8.1MB")
+    diffusers.script.replace_decode(pipe.vae, decoder, "8.6MB")
     assert pipe.vae.decoder is None and pipe.vae.encoder == "torch's"
     frames, _ = pipe("a boat", return_dict=False)
     assert near(frames[0], expected)
@@ -231,21 +231,23 @@ def fastvideo_batch(latents, steps=False):
 
 
 def test_fastvideo_stage_is_replaced(fastvideo, decoder, latents, expected):
-    pipeline = FastVideoPipeline()
+    pipeline, given_decoder = FastVideoPipeline(), load_decoder("demo", dtype="float32")
     theirs = pipeline.decoding_stage
-    fastvideo.replace_stage(pipeline, load_decoder("demo", dtype="float32"), LIMIT)
+    fastvideo.replace_stage(pipeline, given_decoder, LIMIT)
     assert theirs not in pipeline.stages and pipeline.stages[1] is pipeline.decoding_stage
-    # The second batch loads what the first one has freed.
+    # FastVideo asks for the VAE to be freed; one that was handed in could not be loaded again.
     for _ in range(2):
         batch = fastvideo_batch(latents)
         given = batch.latents
-        assert pipeline.forward(batch) is batch
+        with pytest.warns(UserWarning, match="vae_cpu_offload keeps the VAE"):
+            assert pipeline.forward(batch) is batch
         assert batch.latents is given and batch.trajectory_decoded is None
         assert (batch.output.dtype, batch.output.device) == ("float32", "cpu")
         assert near(batch.output.array[0].transpose(1, 2, 3, 0), expected)
-        assert pipeline.decoding_stage.vae is None
+        assert pipeline.decoding_stage.vae is given_decoder
 
 
+@pytest.mark.filterwarnings("ignore:vae_cpu_offload keeps the VAE")
 def test_fastvideo_trajectory_and_latents(fastvideo, decoder, latents, expected):
     pipeline = FastVideoPipeline()
     fastvideo.replace_stage(pipeline, load_decoder("demo", dtype="float32"))
@@ -441,6 +443,7 @@ def test_pages_of_mlx_video(latents, expected, demo_everywhere, monkeypatch):
     assert np.abs(np.load("ported.npy") - 255 * expected).max() <= 0.5 + 255 * TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:vae_cpu_offload keeps the VAE")
 def test_pages_of_fastvideo(fastvideo, latents, expected, demo_everywhere):
     (replaced,) = blocks("from_fastvideo")
     pipeline = FastVideoPipeline()
