@@ -65,9 +65,11 @@ def new_decoder(config, dtype=mx.float32):
 def test_predicted_peak(config, size, dtype, limit):
     decoder = new_decoder(config, dtype)
     latents = mx.random.normal((1, 8, *size)).astype(dtype)
-    plan = plan_decode(decoder, latents.shape, memory_limit=limit, backend=CPU)
+    backend = CPU.opened()
+    plan = plan_decode(decoder, latents.shape, memory_limit=limit, backend=backend)
     assert plan.fits
     assert 0.9 <= measured_peak(decoder, latents, plan) / plan.peak_bytes <= 1.1
+    assert backend.held_workspace_bytes == plan.workspace_bytes
 
 
 @pytest.mark.parametrize("config", [DIFFUSION, TINY])

@@ -1,5 +1,7 @@
 """Products and attention by NumPy's BLAS equal float64, and are the same bytes however they are cut."""
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from diffusion_cases import small_decoder
 from test_vae_attention import GRIDS, expected, part_of, random_grid, whole
 from vae_cases import joined
 
-from mlx_vae_tiling.vae.attention_cpu import attention_numpy
+from mlx_vae_tiling.vae.attention_cpu import attention_numpy, attention_workspace
 from mlx_vae_tiling.vae.backends import CPU
-from mlx_vae_tiling.vae.products_cpu import linear_numpy, mlp_numpy
+from mlx_vae_tiling.vae.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
 from mlx_vae_tiling.vae.regions import Attention, Region, Span, Window
+from mlx_vae_tiling.vae.workspace import Workspace
 
 SIZE, CHANNELS = (3, 19, 21), 24
 WHOLE = Region(*(Span(0, n, n) for n in SIZE))
@@ -40,12 +43,12 @@ def in_float64(x):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_products_equal_float64(dtype, tolerance, workers):
     x, weight, bias = arrays(operands((2, *SIZE, CHANNELS), (40, CHANNELS), (40,)), dtype)
-    got = linear_numpy(x, weight, bias, WHOLE, workers)
+    got = linear_numpy(x, weight, bias, WHOLE, workers=workers)
     assert got.dtype == dtype
     answer = in_float64(x) @ in_float64(weight).T
     np.testing.assert_allclose(in_float64(got), answer + in_float64(bias), rtol=0, atol=tolerance)
     np.testing.assert_allclose(
-        in_float64(linear_numpy(x, weight, None, WHOLE, workers)), answer, rtol=0, atol=tolerance
+        in_float64(linear_numpy(x, weight, None, WHOLE, workers=workers)), answer, rtol=0, atol=tolerance
     )
 
 
@@ -97,6 +100,43 @@ def test_attention_in_half_precision(dtype):
     answer = expected(in_float64(given), in_float64(held), kernel)
     assert got.dtype == dtype
     np.testing.assert_allclose(in_float64(got), answer, rtol=0, atol=1e-2)
+
+
+def taken_outside_mlx(compute):
+    """Bytes of the workspace, which is all that NumPy has but for small buffers of its own."""
+    compute(Workspace())  # masks are kept
+    workspace = Workspace()
+    tracemalloc.start()
+    compute(workspace)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert workspace.nbytes <= peak <= workspace.nbytes + 2**17
+    return workspace.nbytes
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_workspace_is_as_stated(dtype, workers):
+    c, hidden = 192, 520
+    shapes = (1, *SIZE, c), (hidden, c), (hidden, c), (c, hidden)
+    x, up, gate, down = arrays(operands(*shapes), dtype)
+    for region in (WHOLE, PARTS[0]):
+        given = mx.contiguous(part_of(x, region))
+        taken = taken_outside_mlx(lambda w, g=given, r=region: linear_numpy(g, up, None, r, w, workers))
+        assert taken == linear_workspace(c, hidden, dtype.size, workers)
+        taken = taken_outside_mlx(lambda w, g=given, r=region: mlp_numpy(g, up, gate, down, r, w, workers))
+        assert taken == mlp_workspace(c, hidden, dtype.size, workers)
+
+
+@pytest.mark.parametrize(("size", "kernel"), GRIDS)
+def test_workspace_of_attention_is_as_stated(size, kernel):
+    heads, width = 6, 32
+    rng = np.random.default_rng(0)
+    q, kv = (mx.array(rng.standard_normal((1, *size, *n, heads, width), np.float32)) for n in ((), (2,)))
+    for dtype in (mx.float32, mx.bfloat16):
+        given, held, grid = q.astype(dtype), kv.astype(dtype), whole(size)
+        taken = taken_outside_mlx(lambda w, q=given, kv=held, r=grid: attention_numpy(q, kv, kernel, r, r, w))
+        assert taken == attention_workspace(kernel, grid, heads, heads * width, 1)
 
 
 def test_chunks_and_windows_are_the_bytes_of_the_whole():

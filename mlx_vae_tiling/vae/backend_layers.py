@@ -12,10 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.attention import neighbourhood_attention
-from mlx_vae_tiling.vae.attention_cpu import attention_numpy
+from mlx_vae_tiling.vae.attention_cpu import attention_numpy, attention_workspace
 from mlx_vae_tiling.vae.convolution_frames import convolve_frames
-from mlx_vae_tiling.vae.products_cpu import linear_numpy, mlp_numpy
+from mlx_vae_tiling.vae.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
 from mlx_vae_tiling.vae.regions import Region, Stride
+from mlx_vae_tiling.vae.workers import default_workers
+from mlx_vae_tiling.vae.workspace import Workspace
 
 KEY_COPY_QUERIES = 96
 """Queries whose products with a key take as long as copying it, at 13 TFLOP/s and 400 GB/s."""
@@ -134,26 +136,44 @@ class LayerBackend:
         """
         return itemsize * max(size.gathered + 3 * size.queries for size in calls)
 
+    def linear_workspace(self, inputs: int, outputs: int, itemsize: int) -> int:
+        """What `linear` computes in outside MLX, for so many channels."""
+        return 0
+
+    def mlp_workspace(self, channels: int, hidden: int, itemsize: int) -> int:
+        """What `mlp` computes in outside MLX, for so many channels."""
+        return 0
+
+    def attention_workspace(self, kernel: Stride, queries: Region, heads: int, channels: int) -> int:
+        """What `attention` computes in outside MLX, for queries of so many channels in all heads."""
+        return 0
+
 
 class CPULayerBackend:
     """The CPU's part of a `Backend`."""
 
+    workspace: Workspace | None
     workers: int
 
+    @property
+    def threads(self) -> int:
+        """Threads that share an operation."""
+        return self.workers or default_workers()
+
     def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None, region: Region) -> mx.array:
-        return linear_numpy(x, weight, bias, region, self.workers)
+        return linear_numpy(x, weight, bias, region, self.workspace, self.threads)
 
     def mlp(
         self, x: mx.array, prepare: Callable[[mx.array], mx.array], weights: MLPWeights, region: Region
     ) -> mx.array:
         given = prepare(x)
         mx.eval(given)
-        return x + mlp_numpy(given, *weights, region, self.workers)
+        return x + mlp_numpy(given, *weights, region, self.workspace, self.threads)
 
     def attention(
         self, q: mx.array, kv: mx.array, kernel: Stride, queries: Region, keys: Region, block: Stride
     ) -> mx.array:
-        return attention_numpy(q, kv, kernel, queries, keys, self.workers)
+        return attention_numpy(q, kv, kernel, queries, keys, self.workspace, self.threads)
 
     def convolve_frames(self, x: mx.array, weight: mx.array, groups: int) -> mx.array:
         return convolve_frames(x, weight, groups)
@@ -188,3 +208,12 @@ class CPULayerBackend:
     def attention_bytes(self, calls: Iterable[AttentionSize], made: int, itemsize: int) -> int:
         """Keys and scores exist outside of MLX; in half precision the result is rounded."""
         return 0 if itemsize == 4 else 4 * made
+
+    def linear_workspace(self, inputs: int, outputs: int, itemsize: int) -> int:
+        return linear_workspace(inputs, outputs, itemsize, self.threads)
+
+    def mlp_workspace(self, channels: int, hidden: int, itemsize: int) -> int:
+        return mlp_workspace(channels, hidden, itemsize, self.threads)
+
+    def attention_workspace(self, kernel: Stride, queries: Region, heads: int, channels: int) -> int:
+        return attention_workspace(kernel, queries, heads, channels, self.threads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -20,7 +19,6 @@ from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_numpy, work
 from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding
 from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
-from mlx_vae_tiling.vae.workers import idle_cores
 from mlx_vae_tiling.vae.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**17
@@ -30,8 +28,6 @@ SHARING_FRAMES, SHARING_POSITIONS = 4, 384
 """Frames of a chunk, and positions at the scale of the latents, beyond which a larger one gains under 3 %."""
 
 SMALL_BUFFERS_BYTES = 2**22
-
-_workers = lru_cache(maxsize=1)(idle_cores)
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class CPUBackend(CPULayerBackend, Backend):
     workers: int = field(default=0, compare=False)
 
     def opened(self) -> CPUBackend:
-        return replace(self, workspace=self.workspace or Workspace(), workers=self.workers or _workers())
+        return replace(self, workspace=self.workspace or Workspace(), workers=self.threads)
 
     @property
     def held_workspace_bytes(self) -> int:
@@ -174,8 +170,7 @@ class CPUBackend(CPULayerBackend, Backend):
             return 0
         _, frames, height, width, channels_in, channels_out, *_ = operands
         form = choose_form(height, width, channels_in, channels_out)
-        workers = self.workers or _workers()
-        return workspace_bytes(form, frames, height, width, channels_in, channels_out, workers)
+        return workspace_bytes(form, frames, height, width, channels_in, channels_out, self.threads)
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:
         return max(convolution, itemsize * made + shortcut)

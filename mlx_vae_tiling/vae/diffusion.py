@@ -249,7 +249,8 @@ class DiffusionDecoder(StreamingDecoder):
         # The noise is drawn in float32 by the frame, joined and cut to patches.
         drawing = positions * patch * 12 * (len(where.inputs) == 1)
         mixing = positions * (patch + 3 * width) * where.dtype.size
-        return Taken(max(drawing, mixing), positions * width)
+        workspace = max(where.backend.linear_workspace(c, width, where.dtype.size) for c in (patch, width))
+        return Taken(max(drawing, mixing), positions * width, workspace)
 
     def _predicted(self, inputs: Inputs, where: Where) -> mx.array:
         normed = where.backend.computed(self.norm_out(inputs[0]))
@@ -259,7 +260,9 @@ class DiffusionDecoder(StreamingDecoder):
         positions = where.batch * where.output.volume
         patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
         normed = where.backend.rms_norm_bytes(positions * width, where.dtype.size)
-        return Taken(max(normed, positions * (width + patch) * where.dtype.size), positions * width)
+        nbytes = max(normed, positions * (width + patch) * where.dtype.size)
+        workspace = where.backend.linear_workspace(width, patch, where.dtype.size)
+        return Taken(nbytes, positions * width, workspace)
 
     def _advanced(self, inputs: Inputs, where: Where, time: float, dt: float) -> mx.array:
         """An Euler step, in float32."""

@@ -26,7 +26,7 @@ class PixelShuffle(nn.Module):
         super().__init__()
         self._stride, self._positions = stride, math.prod(stride)
         self._out = channels * self._positions // divisor
-        self.proj = nn.Linear(channels, self._out)
+        self._in, self.proj = channels, nn.Linear(channels, self._out)
         self._operations = 2 * channels * self._out // self._positions
 
     def step(self, producer: int) -> Step:
@@ -48,7 +48,8 @@ class PixelShuffle(nn.Module):
         made = where.batch * where.inputs[0].volume * self._out
         kept = where.batch * where.output.volume * self._out // self._positions
         rearranging = (2 * made + kept * (kept < made)) * where.dtype.size
-        return Taken(max(where.backend.linear_bytes(made, where.dtype.size), rearranging), made)
+        nbytes = max(where.backend.linear_bytes(made, where.dtype.size), rearranging)
+        return Taken(nbytes, made, where.backend.linear_workspace(self._in, self._out, where.dtype.size))
 
 
 class TimestepEmbedder(nn.Module):
@@ -93,7 +94,8 @@ class LinearStep:
         positions = where.batch * where.output.volume
         made = positions * self._out
         size = where.dtype.size
-        return Taken(where.backend.linear_bytes(made, size) + positions * self._in * size, made)
+        workspace = where.backend.linear_workspace(self._in, self._out, size)
+        return Taken(where.backend.linear_bytes(made, size) + positions * self._in * size, made, workspace)
 
 
 def upsampled_part(coarse: Region, fine: Region, stride: Stride) -> dict[int, slice]:

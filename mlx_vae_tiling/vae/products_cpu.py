@@ -10,76 +10,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.regions import Region
+from mlx_vae_tiling.vae.regions import Region, Span
+from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
 
 Item = TypeVar("Item")
+Multiply = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""From a worker's arrays, of which the first is a tile (positions, C), to what is made of it."""
 
 SIDE = 8
 """Rows and columns of a tile: enough rows of a product for BLAS, and few that are filled up."""
 
-
-class Band(NamedTuple):
-    """A row of tiles of one frame: the rows of it that are there, and where they lie in the tiles."""
-
-    frame: tuple[int, int]
-    rows: slice
-    top: int
+POSITIONS = SIDE * SIDE
 
 
-class Tiles:
-    """The frames of a region, cut into bands of tiles.
+class Tile(NamedTuple):
+    """Positions of one frame that are multiplied together.
 
-    Args:
-        region: Where they lie.
-        batch: Entries of the batch.
+    Attributes:
+        frame: Entry of the batch, and frame of it.
+        source: Rows and columns of the frame that are there.
+        place: Where they lie in the tile.
     """
 
-    def __init__(self, region: Region, batch: int):
-        rows, columns = region.height, region.width
-        self._left = columns.start % SIDE
-        self._width = columns.length
-        self.count = -(-(self._left + self._width) // SIDE)
-        starts = range(rows.start - rows.start % SIDE, rows.stop, SIDE)
-        bounds = [(max(start, rows.start), min(start + SIDE, rows.stop)) for start in starts]
-        self.bands = [
-            Band(frame, slice(first - rows.start, last - rows.start), first % SIDE)
-            for frame in np.ndindex(batch, region.time.length)
-            for first, last in bounds
-        ]
+    frame: tuple[int, int]
+    source: tuple[slice, slice]
+    place: tuple[slice, slice]
 
-    def read(self, x: np.ndarray, band: Band, canvas: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """A band of x (B, T, H, W, C) as (tiles, positions, C) in float32.
 
-        Args:
-            x: As `numbers` gives it.
-            band: Which.
-            canvas: (SIDE, tiles * SIDE, C), zero where no band has positions.
-            out: (tiles, SIDE, SIDE, C), overwritten.
-        """
-        height = band.rows.stop - band.rows.start
-        canvas[...] = 0
-        copy_numbers(x[band.frame][band.rows], self._inner(canvas, band.top, height))
-        out.transpose(1, 0, 2, 3)[...] = canvas.reshape(SIDE, self.count, SIDE, -1)
-        return out.reshape(self.count, SIDE * SIDE, -1)
+def linear_workspace(inputs: int, outputs: int, itemsize: int, workers: int) -> int:
+    """Bytes that `linear_numpy` takes of its workspace, for so many channels."""
+    return bytes_of(*_widened(itemsize, (outputs, inputs)), *_linear_shapes(inputs, outputs) * workers)
 
-    def write(self, y: np.ndarray, band: Band, out: np.ndarray) -> None:
-        """The positions that are there of y (tiles, positions, C) into out (B, T, H, W, C)."""
-        rows = y.reshape(self.count, SIDE, SIDE, -1).transpose(1, 0, 2, 3)
-        height = band.rows.stop - band.rows.start
-        part = rows[band.top : band.top + height].reshape(height, self.count * SIDE, -1)
-        out[band.frame][band.rows] = part[:, self._left : self._left + self._width]
 
-    def _inner(self, canvas: np.ndarray, top: int, height: int) -> np.ndarray:
-        return canvas[top : top + height, self._left : self._left + self._width]
+def mlp_workspace(channels: int, hidden: int, itemsize: int, workers: int) -> int:
+    """Bytes that `mlp_numpy` takes of its workspace."""
+    weights = _widened(itemsize, *_mlp_weights(channels, hidden))
+    return bytes_of(*weights, *_mlp_shapes(channels, hidden) * workers)
 
 
 def linear_numpy(
-    x: mx.array, weight: mx.array, bias: mx.array | None, region: Region, workers: int = 1
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    region: Region,
+    workspace: Workspace | None = None,
+    workers: int = 1,
 ) -> mx.array:
     """`x @ weight.T + bias`.
 
@@ -88,82 +69,152 @@ def linear_numpy(
         weight: (O, C).
         bias: (O,), or None.
         region: Where the positions lie in the video.
+        workspace: Where to compute; by default a new one.
         workers: Threads that compute; more than one is for a BLAS with one thread.
 
     Returns:
         (B, T, H, W, O) in the dtype of x.
     """
-    matrix = _floats(weight).T
-    added = None if bias is None else _floats(bias)
+    outputs, inputs = weight.shape
+    own = _linear_shapes(inputs, outputs)
+    (matrix,), scratch = _taken(workspace, [weight], own, workers)
+    added = None if bias is None else np.array(bias.astype(mx.float32))
 
-    def multiply(given: np.ndarray) -> np.ndarray:
-        y = np.matmul(given, matrix)
+    def multiply(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        y = np.matmul(arrays[0], matrix.T, out=arrays[1])
         if added is not None:
             y += added
         return y
 
-    return _by_bands(x, multiply, len(weight), region, workers)
+    return _by_tiles(x, multiply, outputs, region, scratch)
 
 
 def mlp_numpy(
-    x: mx.array, up: mx.array, gate: mx.array, down: mx.array, region: Region, workers: int = 1
+    x: mx.array,
+    up: mx.array,
+    gate: mx.array,
+    down: mx.array,
+    region: Region,
+    workspace: Workspace | None = None,
+    workers: int = 1,
 ) -> mx.array:
-    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`, of which the hidden widths exist for one band at a time.
+    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`, of which the hidden widths exist for one tile at a time.
 
     Args:
         x: (B, T, H, W, C) at the positions of `region`.
         up, gate: (hidden, C).
         down: (C, hidden).
-        region, workers: As `linear_numpy`.
+        region, workspace, workers: As `linear_numpy`.
 
     Returns:
         (B, T, H, W, C) in the dtype of x.
     """
-    up_matrix, gate_matrix, down_matrix = (_floats(w).T for w in (up, gate, down))
+    own = _mlp_shapes(len(down), len(up))
+    (up_matrix, gate_matrix, down_matrix), scratch = _taken(workspace, [up, gate, down], own, workers)
 
-    def multiply(given: np.ndarray) -> np.ndarray:
-        hidden = np.matmul(given, gate_matrix)
-        other = np.negative(hidden)
+    def multiply(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        given, hidden, other, made = arrays
+        np.matmul(given, gate_matrix.T, out=hidden)
+        np.negative(hidden, out=other)
         np.exp(other, out=other)
         other += 1
         hidden /= other
-        hidden *= np.matmul(given, up_matrix, out=other)
-        return np.matmul(hidden, down_matrix)
+        hidden *= np.matmul(given, up_matrix.T, out=other)
+        return np.matmul(hidden, down_matrix.T, out=made)
 
-    return _by_bands(x, multiply, len(down), region, workers)
+    return _by_tiles(x, multiply, len(down), region, scratch)
 
 
-def _by_bands(
-    x: mx.array, multiply: Callable[[np.ndarray], np.ndarray], outputs: int, region: Region, workers: int
+def _linear_shapes(inputs: int, outputs: int) -> list[Shape]:
+    return [(POSITIONS, inputs), (POSITIONS, outputs)]
+
+
+def _mlp_shapes(channels: int, hidden: int) -> list[Shape]:
+    return [(POSITIONS, channels), (POSITIONS, hidden), (POSITIONS, hidden), (POSITIONS, channels)]
+
+
+def _mlp_weights(channels: int, hidden: int) -> list[Shape]:
+    return [(hidden, channels), (hidden, channels), (channels, hidden)]
+
+
+def _widened(itemsize: int, *weights: Shape) -> list[Shape]:
+    """Those of the weights that there have to be copies of."""
+    return list(weights) if itemsize < 4 else []
+
+
+def _taken(
+    workspace: Workspace | None, weights: list[mx.array], own: list[Shape], workers: int
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """The weights in float32, and each worker's arrays."""
+    mx.eval(*weights)
+    copies = _widened(weights[0].dtype.size, *(tuple(w.shape) for w in weights))
+    arrays = (workspace or Workspace()).take(*copies, *own * workers)
+    matrices = arrays[: len(copies)] or [numbers(w) for w in weights]
+    if copies:
+        for weight, matrix in zip(weights, matrices, strict=True):
+            copy_numbers(numbers(weight), matrix)
+    count = len(own)
+    return matrices, [arrays[start : start + count] for start in range(len(copies), len(arrays), count)]
+
+
+def _by_tiles(
+    x: mx.array, multiply: Multiply, outputs: int, region: Region, scratch: Sequence[Sequence[np.ndarray]]
 ) -> mx.array:
-    """What `multiply` makes of the tiles of x, band by band."""
+    """What `multiply` makes of the tiles of x."""
     mx.eval(x)
-    *positions, channels = x.shape
-    tiles, source = Tiles(region, x.shape[0]), numbers(x)
-    out = mx.zeros((*positions, outputs))
+    source = numbers(x)
+    out = mx.zeros((*x.shape[:-1], outputs))
     mx.eval(out)
     result = np.array(out, copy=False)
 
-    def work(bands: Sequence[Band]) -> None:
-        canvas = np.empty((SIDE, tiles.count * SIDE, channels), np.float32)
-        given = np.empty((tiles.count, SIDE, SIDE, channels), np.float32)
+    def work(tiles: Sequence[Tile], arrays: Sequence[np.ndarray]) -> None:
+        given = arrays[0].reshape(SIDE, SIDE, -1)
         with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-            for band in bands:
-                tiles.write(multiply(tiles.read(source, band, canvas, given)), band, result)
+            for tile in tiles:
+                part = given[tile.place]
+                if part.size < given.size:
+                    given[...] = 0
+                copy_numbers(source[tile.frame][tile.source], part)
+                made = multiply(arrays).reshape(SIDE, SIDE, -1)
+                result[tile.frame][tile.source] = made[tile.place]
 
-    share(work, tiles.bands, workers)
+    share(work, _tiles(region, x.shape[0]), scratch)
     # Rounded by whoever evaluates it, when what went in is gone.
     return out.astype(x.dtype)
 
 
-def share(work: Callable[[Sequence[Item]], None], items: Sequence[Item], workers: int) -> None:
-    """Has `workers` threads do a part of the items each."""
+def _tiles(region: Region, batch: int) -> list[Tile]:
+    frames = np.ndindex(batch, region.time.length)
+    places = list(product(_cuts(region.height), _cuts(region.width)))
+    return [
+        Tile((entry, frame), (rows[0], columns[0]), (rows[1], columns[1]))
+        for entry, frame in frames
+        for rows, columns in places
+    ]
+
+
+def _cuts(span: Span) -> list[tuple[slice, slice]]:
+    """The parts of a span that lie in one tile each: where in the span, and where in the tile."""
+    found = []
+    for start in range(span.start - span.start % SIDE, span.stop, SIDE):
+        first, last = max(start, span.start), min(start + SIDE, span.stop)
+        found.append((slice(first - span.start, last - span.start), slice(first - start, last - start)))
+    return found
+
+
+def share(
+    work: Callable[[Sequence[Item], Sequence[np.ndarray]], None],
+    items: Sequence[Item],
+    scratch: Sequence[Sequence[np.ndarray]],
+) -> None:
+    """Has threads do a part of the items each, as many as there are arrays to compute in."""
+    workers = len(scratch)
     parts = [items[i::workers] for i in range(workers) if items[i::workers]]
     if len(parts) == 1:
-        work(parts[0])
+        work(parts[0], scratch[0])
         return
     with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(work, parts))
+        list(pool.map(work, parts, scratch))
 
 
 def numbers(x: mx.array) -> np.ndarray:
@@ -179,13 +230,3 @@ def copy_numbers(source: np.ndarray, target: np.ndarray) -> None:
         bits <<= 16
     else:
         target[...] = source
-
-
-def _floats(x: mx.array) -> np.ndarray:
-    """An array of weights in float32; a view where it is of that type."""
-    mx.eval(x)
-    if x.dtype == mx.float32:
-        return np.array(x, copy=False)
-    copy = np.empty(x.shape, np.float32)
-    copy_numbers(numbers(x), copy)
-    return copy

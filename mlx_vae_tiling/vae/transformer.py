@@ -140,7 +140,7 @@ class NABlock(nn.Module):
         made, few = self._positions(where, self._frames_at_once(where))
         c, size = self._channels, where.dtype.size
         nbytes = by_frames_bytes(2 * c * size, made, few, where.backend.keys_bytes(few * c, size))
-        return Taken(nbytes, 2 * c * made)
+        return Taken(nbytes, 2 * c * made, where.backend.linear_workspace(c, 2 * c, size))
 
     def _block(
         self,
@@ -194,7 +194,12 @@ class NABlock(nn.Module):
         phases = backend.queries_bytes(few * c, size), attending, 4 * result, mixing
         kept = 2 * width * where.inputs[0].volume
         copied = kept * size * (where.batch > 1)
-        return Taken(copied + by_frames_bytes(c * size, made, few, max(phases)), kept)
+        workspace = max(
+            backend.linear_workspace(c, c, size),
+            backend.mlp_workspace(c, self._hidden, size),
+            backend.attention_workspace(self._kernel, where.output, self._heads, c),
+        )
+        return Taken(copied + by_frames_bytes(c * size, made, few, max(phases)), kept, workspace)
 
     def _attention_block(self, where: Where) -> Stride:
         t, h, w = (span.length for span in where.output)

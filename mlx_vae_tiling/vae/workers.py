@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,3 +26,7 @@ def idle_cores() -> int:
     if everybody > 1.1 * own:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+default_workers = lru_cache(maxsize=1)(idle_cores)
+"""How many there are where nobody says: measured once."""

@@ -12,7 +12,9 @@ import mlx.core as mx
 import null_metal
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling import DecodePlan, VideoDecoder, decode_frames, plan_decode
+from mlx_vae_tiling import DecodePlan, decode_frames, plan_decode
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 VERSIONS = ("ltx-2", "ltx-2.3", "ltx-0.9.5")
@@ -32,9 +34,9 @@ class Counted(NamedTuple):
     moved: int
 
 
-def zero_decoder(version: str, dtype: mx.Dtype, form: str | None = None) -> VideoDecoder:
+def zero_decoder(version: str, dtype: mx.Dtype, form: str | None = None) -> StreamingDecoder:
     """A published version whose weights are zeros."""
-    decoder = VideoDecoder(PUBLISHED[version].config)
+    decoder = build_decoder(PUBLISHED[version].config)
     names = [(name, mx.zeros(value.shape, dtype)) for name, value in tree_flatten(decoder.parameters())]
     decoder.load_weights(names)
     decoder.convolution_form = form
@@ -42,10 +44,11 @@ def zero_decoder(version: str, dtype: mx.Dtype, form: str | None = None) -> Vide
     return decoder
 
 
-def count(decoder: VideoDecoder, size: str, limit: str, pace: float) -> Counted:
+def count(decoder: StreamingDecoder, size: str, limit: str, pace: float) -> Counted:
     """Plans and runs one decode."""
     width, height = map(int, size.split("x"))
-    latents = mx.zeros((1, 128, SIZES[size], height // 32, width // 32), decoder.dtype)
+    channels = decoder.config.latent_channels
+    latents = mx.zeros((1, channels, SIZES[size], height // 32, width // 32), decoder.dtype)
     mx.eval(latents)
     plan = plan_decode(decoder, latents.shape, memory_limit=limit, no_tune=True)
     weights = sum(value.nbytes for _, value in tree_flatten(decoder.parameters()))
