@@ -5,12 +5,18 @@ import random
 import re
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from group_cases import PROGRAM, ends, run_alone, run_ranks, start_ranks
+from vae_cases import random_latents, small_decoder
 
+from mlx_vae_tiling import plan_decode
+from mlx_vae_tiling.runtime import group
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.output import finished_share, kept_frames
+from mlx_vae_tiling.vae.backends import METAL
 
 WIDE, LONG = [3, 4, 5], [30, 1, 2]
 """Latents that are divided into bands, and into ranges of frames."""
@@ -171,3 +177,14 @@ def test_command(tmp_path):
     (first, said), (second, heard) = ends(ranks)
     assert (first, second) == (2, 2) and "File exists" not in heard
     assert heard.startswith("mlx-vae-tiling: error: rank 0: ") and heard.endswith(said.split("error: ")[1])
+
+
+def test_a_rank_computes_in_the_forms_that_it_is_told():
+    """Whatever was measured on its own machine: bytes must not depend on who computes a window."""
+    decoder = small_decoder("ltx-2.3")
+    latents = random_latents(decoder, 1, 2, 2, 2)
+    own, told = replace(METAL, form="folded"), replace(METAL, form="gemm")
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend=own)
+    job = Job.prepare(decoder, latents, decoder.options(), "uint8", plan)
+    shared = group._sharing(job, plan.parts, told.arithmetic)
+    assert (job.plan.backend, shared.plan.backend, shared.backend) == (own, told, told)

@@ -97,7 +97,7 @@ def _decode(args: argparse.Namespace, crew: Crew | None) -> int:
         raise ValueError(f"LATENTS and --output must be different files, got {args.output} for both")
     decoder = _decoder(args)
     saved = latents_for(args, decoder)
-    planner = partial(plan_to_run, tell=_silent if args.quiet else print_news)
+    planner = partial(plan_to_run, tell=None if args.quiet else print_news)
     plan = plan_for(args, decoder, saved.latents.shape, decoder.dtype, args.steps, planner)
     if crew is None:
         if not args.quiet:
@@ -121,10 +121,6 @@ def _decode(args: argparse.Namespace, crew: Crew | None) -> int:
     if crew is None or crew.rank == 0:
         print_result(args, report, report_fields(report))
     return 0
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 def _decoder(args: argparse.Namespace) -> StreamingDecoder:

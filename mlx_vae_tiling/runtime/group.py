@@ -2,8 +2,9 @@
 
 Rank 0 compares what everyone is about to decode, divides the work and takes the frames; the others send
 theirs. A rank computes one piece beyond what rank 0 has room for and then waits with it, so that nobody's
-memory grows with the video. The windows alone decide the bytes of a frame, and not who computes them: a
-decode of the same windows by one process, or by another number of ranks, gives the same.
+memory grows with the video. The windows and rank 0's forms of convolution decide the bytes of a frame, and
+not who computes them: a decode of the same windows by one process, or by another number of ranks, gives the
+same. A decode of the whole frame gives the same to rounding.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Team:
         numbers = self.division.of(0)
         if numbers:
             parts = tuple(self.division.parts[number] for number in numbers)
-            job = self.job.planned_anew(parts, self.job.plan.backend.arithmetic)
+            job = _sharing(self.job, parts, self.job.plan.backend.arithmetic)
             for number in numbers:
                 for frames in job.decode(self.division.parts[number], store.done[number]):
                     yield number, frames
@@ -139,7 +140,7 @@ def serve(crew: Crew, job: Job, fingerprint: Fingerprint) -> int:
     Returns:
         Frames of all its parts.
     """
-    crew.tell(0, "card", {"card": _card(job, fingerprint), "budget": job.plan.memory_limit})
+    crew.tell(0, "card", {"card": _card(fingerprint), "budget": job.plan.memory_limit})
     message = crew.hear()
     if message is None or message.kind in ("finished", "bye"):
         return 0  # there was nothing to do
@@ -147,7 +148,7 @@ def serve(crew: Crew, job: Job, fingerprint: Fingerprint) -> int:
     parts, sent = tuple(read_part(part) for part in share["parts"]), 0
     until = dict(zip(share["numbers"], share["until"], strict=True))
     if parts:
-        job = job.planned_anew(parts, share["arithmetic"])
+        job = _sharing(job, parts, share["arithmetic"])
     for number, part, done in zip(share["numbers"], parts, share["done"], strict=True):
         for frames in job.decode(part, done):
             while done >= until[number]:
@@ -162,6 +163,13 @@ def serve(crew: Crew, job: Job, fingerprint: Fingerprint) -> int:
     return sent
 
 
+def _sharing(job: Job, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
+    """The job of one rank's parts, computed in rank 0's forms."""
+    job = job.planned_anew(parts, arithmetic)
+    job.plan.require_fit()
+    return job
+
+
 def require_exact(tiling: TilingConfig | int | None) -> None:
     """Raises a `ValueError` for blended tiles, which one machine decodes."""
     if isinstance(tiling, TilingConfig):
@@ -170,7 +178,7 @@ def require_exact(tiling: TilingConfig | int | None) -> None:
 
 def _gathered(crew: Crew, job: Job, fingerprint: Fingerprint) -> list[int]:
     """The memory of each rank, once all have said that they will decode the same."""
-    own, budgets = _card(job, fingerprint), {0: job.plan.memory_limit}
+    own, budgets = _card(fingerprint), {0: job.plan.memory_limit}
     differing: list[str] = []
     for _ in range(1, crew.size):
         message = _heard(crew, "card")
@@ -185,11 +193,11 @@ def _gathered(crew: Crew, job: Job, fingerprint: Fingerprint) -> list[int]:
     return [budgets[rank] for rank in range(crew.size)]
 
 
-def _card(job: Job, fingerprint: Fingerprint) -> Fingerprint:
+def _card(fingerprint: Fingerprint) -> Fingerprint:
     from mlx_vae_tiling import __version__
 
     versions = {"mlx_vae_tiling's version": __version__, "MLX's version": version("mlx")}
-    return {**fingerprint, **versions, "backend": job.plan.backend.name, "frames": job.kind}
+    return fingerprint | versions
 
 
 def _difference(name: str, told: str | None, own: str | None) -> str:

@@ -147,10 +147,12 @@ class Job:
         """The job that an earlier run has begun, with its parts and its forms, under this run's limit."""
         if (parts, arithmetic) == (self.plan.parts, self.plan.backend.arithmetic):
             return self
-        return self.planned_anew(parts, arithmetic)
+        job = self.planned_anew(parts, arithmetic)
+        job.plan.require_fit_of_begun(len(self.plan.parts))
+        return job
 
     def planned_anew(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
-        """The same job for these parts, computed in these forms, under this run's limit."""
+        """The same job for these parts, computed in these forms, under this run's limit, fitting or not."""
         old = self.plan
         plan = plan_decode(
             self.decoder,
@@ -163,7 +165,6 @@ class Job:
             num_inference_steps=old.inference_steps,
             parts=parts,
         )
-        plan.require_fit_of_begun(len(old.parts))
         self.meter.backend = plan.backend.opened()
         return replace(self, plan=plan, backend=self.meter.backend)
 
