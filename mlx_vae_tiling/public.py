@@ -4,13 +4,13 @@ from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.checkpoints.fetch import fetch_vae
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.media.latents import load_latents
-from mlx_vae_tiling.runtime.memory import memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
+from mlx_vae_tiling.runtime.planning.memory import memory_limits
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.runtime.run import decode_frames, decode_to_file
-from mlx_vae_tiling.runtime.verification import Verification
-from mlx_vae_tiling.runtime.verify import verify_decode
+from mlx_vae_tiling.runtime.verification.verification import Verification
+from mlx_vae_tiling.runtime.verification.verification.verify import verify_decode
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
 from mlx_vae_tiling.stage.decoding import DecodingStage
 from mlx_vae_tiling.stage.verification import VerificationResult

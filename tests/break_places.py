@@ -237,14 +237,14 @@ PLACES = [
         ("return NO_FRAMES, Failure(error=error)", "raise"),
     ),
     *places(
-        "runtime/journal.py",
+        "runtime/resuming/journal.py",
         "runtime_run",
         ("if changed or shape != (plan.frames, *plan.size, 3):", "if shape != (plan.frames, *plan.size, 3):"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         ("return found.st_ino, found.st_size, found.st_mtime_ns", "return (0, 0, 0)"),
     ),
     *places(
-        "runtime/journal_file.py",
+        "runtime/resuming/journal_file.py",
         "runtime_run runtime_fuzz",
         ('told.pop("sum", None) != _sum(told)', 'not told.pop("sum", None)'),
         ("except RecursionError:", "except ZeroDivisionError:"),
@@ -256,7 +256,7 @@ PLACES = [
         ),
     ),
     *places(
-        "runtime/output.py",
+        "runtime/resuming/output.py",
         "runtime_run",
         ("needed += int(np.prod(shape)) * dtype.itemsize", "needed += 0"),
         (
@@ -267,21 +267,21 @@ PLACES = [
         ("except BlockingIOError:\n        return None", "except ZeroDivisionError:\n        return None"),
     ),
     *places(
-        "runtime/store.py",
+        "runtime/resuming/store.py",
         "runtime_run",
         ("        os.fsync(self._file)\n        if self._journal", "        if self._journal"),
         ("view, offset = view[written:], offset + written", "view, offset = view[written:], offset"),
         ("if size < max(self._end(part) for part in range(len(parts))):", "if False:"),
     ),
     *places(
-        "runtime/memory.py",
+        "runtime/planning/memory.py",
         "runtime_memory",
         ("set_limit(left[-1][1])", "set_limit(left[0][1])"),
         ("1 <= amount < 2**63", "0 <= amount < 2**63"),
         ("- self.others\n", "\n"),
     ),
     *places(
-        "runtime/grids.py",
+        "runtime/planning/grids.py",
         "runtime_plan",
         ("if most <= least:", "if most < least:"),
         ("if most > enough:", "if False:"),
@@ -289,14 +289,14 @@ PLACES = [
         ("if cost.elements < ARRAY_ELEMENTS else math.inf", "if True else math.inf"),
     ),
     *places(
-        "runtime/cost.py",
+        "runtime/planning/cost.py",
         "runtime_plan runtime_kinds",
         ("copying.add((*held[:number], held[number] + kept,", "copying.add((*held[:number], held[number],"),
         ("filled = 2 * self._lag + 4 * step", "filled = self._lag // 4"),
         ("ahead = self.backend.pieces_ahead", "ahead = 2 * self.backend.pieces_ahead"),
     ),
     *places(
-        "runtime/planner.py",
+        "runtime/planning/planner.py",
         "runtime_plan",
         ("steps = steps[-1:]", "steps = list(steps)"),
         ("recompute=operations / at_once", "recompute=1.0"),

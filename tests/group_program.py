@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling import VideoDecoder, Window, decode_frames, decode_to_file, plan_decode
-from mlx_vae_tiling.runtime.cost import CostModel
-from mlx_vae_tiling.runtime.shares import divide
+from mlx_vae_tiling.runtime.planning.cost import CostModel
+from mlx_vae_tiling.runtime.ranks.shares import divide
 from mlx_vae_tiling.vae.blocks import ResBlocks
 from mlx_vae_tiling.vae.published import PUBLISHED
 

@@ -10,7 +10,8 @@ from vae_cases import VERSIONS, small_decoder
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.runtime import bench
-from mlx_vae_tiling.runtime.measure import (
+from mlx_vae_tiling.runtime.tuning.choices import ERROR_BOUNDS, Level, load_tuning
+from mlx_vae_tiling.runtime.tuning.measure import (
     machine_of,
     measure_form,
     pass_rates,
@@ -18,7 +19,6 @@ from mlx_vae_tiling.runtime.measure import (
     sample_of,
     work_of,
 )
-from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, Level, load_tuning
 from mlx_vae_tiling.vae.backends import METAL, current_backend
 
 

@@ -68,7 +68,7 @@ def test_imports_point_down(path):
     [
         ("tiling.decode", "from mlx_vae_tiling.vae.config import DecoderConfig", ["vae"]),
         ("tiling.decode", "from mlx_vae_tiling.media import latents", ["media"]),
-        ("tiling.decode", "def f():\n    import mlx_vae_tiling.runtime.plan", ["runtime"]),
+        ("tiling.decode", "def f():\n    import mlx_vae_tiling.runtime.planning.plan", ["runtime"]),
         ("tiling.decode", "from ..vae import config", ["vae"]),
         ("tiling.decode", "from .. import vae", ["vae"]),
         ("tiling.decode", "from mlx_vae_tiling import TilingConfig", ["__init__"]),
@@ -113,7 +113,7 @@ def test_only_backends_know_the_device(path):
     backends = dict.fromkeys(
         ("vae/backend.py", "vae/backends.py", "vae/cpu.py", "vae/metal.py"), DEVICE_QUESTIONS
     )
-    allowed = {**backends, "runtime/memory.py": ("current_backend()",)}
+    allowed = {**backends, "runtime/planning/memory.py": ("current_backend()",)}
     assert set(asked) <= set(allowed.get(path.relative_to(ROOT).as_posix(), ()))
 
 

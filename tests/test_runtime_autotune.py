@@ -13,8 +13,8 @@ from mlx_vae_tiling import DecodingArgs, DecodingStage, decode_frames, decode_to
 from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.runtime import autotune
 from mlx_vae_tiling.runtime.autotune import measure_forms, part_of, plan_to_run, tune_for
-from mlx_vae_tiling.runtime.measure import machine_of
-from mlx_vae_tiling.runtime.tuning import Level, Trial, default_path, load_tuning
+from mlx_vae_tiling.runtime.tuning.choices import Level, Trial, default_path, load_tuning
+from mlx_vae_tiling.runtime.tuning.measure import machine_of
 from mlx_vae_tiling.vae import backends
 from mlx_vae_tiling.vae.backends import METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder

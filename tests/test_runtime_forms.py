@@ -10,10 +10,10 @@ from vae_cases import joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_to_file, plan_decode
 from mlx_vae_tiling.media.writer import VideoWriter
-from mlx_vae_tiling.runtime import forms
-from mlx_vae_tiling.runtime.forms import expected_seconds, in_blocks
-from mlx_vae_tiling.runtime.measure import machine_of, work_of
-from mlx_vae_tiling.runtime.tuning import Trial, Tuning
+from mlx_vae_tiling.runtime.planning import forms
+from mlx_vae_tiling.runtime.planning.forms import expected_seconds, in_blocks
+from mlx_vae_tiling.runtime.tuning.choices import Trial, Tuning
+from mlx_vae_tiling.runtime.tuning.measure import machine_of, work_of
 from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.decoder import VideoDecoder

@@ -16,7 +16,7 @@ from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import DecodePlan, VideoDecoder, decode_to_file, plan_decode
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.journal_file import read_told, write_told
+from mlx_vae_tiling.runtime.resuming.journal_file import read_told, write_told
 
 pytestmark = pytest.mark.fuzz
 

@@ -13,9 +13,9 @@ from group_cases import PROGRAM, ends, run_alone, run_ranks, start_ranks
 from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import plan_decode
-from mlx_vae_tiling.runtime import group
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.output import finished_share, kept_frames
+from mlx_vae_tiling.runtime.ranks import group
+from mlx_vae_tiling.runtime.resuming.output import finished_share, kept_frames
 from mlx_vae_tiling.vae.backends import METAL
 
 WIDE, LONG = [3, 4, 5], [30, 1, 2]

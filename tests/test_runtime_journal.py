@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.journal import Journal
-from mlx_vae_tiling.runtime.store import FrameStore
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.resuming.journal import Journal
+from mlx_vae_tiling.runtime.resuming.store import FrameStore
 from mlx_vae_tiling.vae.regions import Region, Span
 
 FRAMES = Region(Span(0, 6, 6), Span(0, 4, 4), Span(0, 5, 5))

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_vae_tiling.runtime import memory
-from mlx_vae_tiling.runtime.memory import (
+from mlx_vae_tiling.runtime.planning import memory
+from mlx_vae_tiling.runtime.planning.memory import (
     PeakMeter,
     available_bytes,
     footprint_bytes,

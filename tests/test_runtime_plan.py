@@ -19,9 +19,9 @@ from vae_cases import (
 )
 
 from mlx_vae_tiling import DecodePlan, TilingConfig, Window, decode_frames, plan_decode
-from mlx_vae_tiling.runtime import cost
-from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, neediest, parts_of
+from mlx_vae_tiling.runtime.planning import cost
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
+from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, MOST_WINDOWS, grids, neediest, parts_of
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import CPU, METAL

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_vae_tiling.media.png import numbers
 from mlx_vae_tiling.media.video import first_file
-from mlx_vae_tiling.runtime.output import kept_frames, store_folder
+from mlx_vae_tiling.runtime.resuming.output import kept_frames, store_folder
 
 KILLS = int(os.environ.get("KILLS", 3))
 """Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes half an hour."""

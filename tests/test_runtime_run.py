@@ -27,7 +27,8 @@ from mlx_vae_tiling.media import npy
 from mlx_vae_tiling.media.audio import AudioWarning
 from mlx_vae_tiling.media.video import unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
-from mlx_vae_tiling.runtime import job, journal, output, request, run, store
+from mlx_vae_tiling.runtime import job, request, run
+from mlx_vae_tiling.runtime.resuming import journal, output, store
 from mlx_vae_tiling.tiling import SpatialTilingConfig
 from mlx_vae_tiling.vae.backends import METAL
 from mlx_vae_tiling.vae.decoder import VideoDecoder

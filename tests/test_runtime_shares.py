@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from vae_cases import expected_operations
 
-from mlx_vae_tiling.runtime.cost import CostModel
-from mlx_vae_tiling.runtime.grids import part_around
-from mlx_vae_tiling.runtime.shares import assign, divide
+from mlx_vae_tiling.runtime.planning.cost import CostModel
+from mlx_vae_tiling.runtime.planning.grids import part_around
+from mlx_vae_tiling.runtime.ranks.shares import assign, divide
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 from mlx_vae_tiling.vae.regions import Window

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mlx_vae_tiling.runtime.tuning import (
+from mlx_vae_tiling.runtime.tuning.choices import (
     Level,
     Machine,
     Trial,

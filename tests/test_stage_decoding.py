@@ -13,7 +13,7 @@ from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.checkpoints.locate import DEMO
-from mlx_vae_tiling.runtime.planner import plan_decode
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.stage import decoding as stage_module
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs, PipelineConfig
 from mlx_vae_tiling.stage.decoding import DecodingStage

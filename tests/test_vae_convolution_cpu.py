@@ -7,18 +7,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.vae import winograd, winograd_kernel
-from mlx_vae_tiling.vae.convolution_cpu import (
+from mlx_vae_tiling.vae.kernels import winograd, winograd_kernel
+from mlx_vae_tiling.vae.kernels.convolution_cpu import (
     bits_of,
     choose_form,
     convolve_numpy,
     convolve_rows,
     workspace_bytes,
 )
-from mlx_vae_tiling.vae.rows import Rows, activate, row_buffers
-from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
-from mlx_vae_tiling.vae.workers import idle_cores
-from mlx_vae_tiling.vae.workspace import Workspace, bytes_of
+from mlx_vae_tiling.vae.kernels.rows import Rows, activate, row_buffers
+from mlx_vae_tiling.vae.kernels.upsampling_cpu import upsample_numpy
+from mlx_vae_tiling.vae.kernels.workers import idle_cores
+from mlx_vae_tiling.vae.kernels.workspace import Workspace, bytes_of
 
 pytestmark = pytest.mark.cpu
 
@@ -71,9 +71,9 @@ def cut(request, monkeypatch):
         monkeypatch.setattr(winograd, "WEIGHT_BYTES", 2**18)
         monkeypatch.setattr(winograd, "FRAME_BYTES", 2**17)
         monkeypatch.setattr(winograd_kernel, "KERNEL_FLOATS", 2**10)
-        monkeypatch.setattr("mlx_vae_tiling.vae.convolution_cpu.WORKSPACE_BYTES", 2**17)
-        monkeypatch.setattr("mlx_vae_tiling.vae.convolution_cpu.CACHED_FLOATS", 2**11)
-        monkeypatch.setattr("mlx_vae_tiling.vae.rows.BAND_FLOATS", 2**8)
+        monkeypatch.setattr("mlx_vae_tiling.vae.kernels.convolution_cpu.WORKSPACE_BYTES", 2**17)
+        monkeypatch.setattr("mlx_vae_tiling.vae.kernels.convolution_cpu.CACHED_FLOATS", 2**11)
+        monkeypatch.setattr("mlx_vae_tiling.vae.kernels.rows.BAND_FLOATS", 2**8)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

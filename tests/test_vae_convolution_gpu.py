@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.vae import convolution_gpu as gpu
-from mlx_vae_tiling.vae import winograd_gpu as winograd
-from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, operands_of
+from mlx_vae_tiling.vae.kernels import convolution_gpu as gpu
+from mlx_vae_tiling.vae.kernels import winograd_gpu as winograd
+from mlx_vae_tiling.vae.kernels.operands import NO_PADDING, Operands, operands_of
 from mlx_vae_tiling.vae.operations import mirrored
 
 FORMS = ("stock", "folded", "gemm", "winograd32", "winograd_time")

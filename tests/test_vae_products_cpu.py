@@ -9,11 +9,11 @@ from diffusion_cases import small_decoder
 from test_vae_attention import GRIDS, expected, part_of, random_grid, whole
 from vae_cases import joined
 
-from mlx_vae_tiling.vae.attention_cpu import attention_numpy, attention_workspace
 from mlx_vae_tiling.vae.backends import CPU
-from mlx_vae_tiling.vae.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
+from mlx_vae_tiling.vae.kernels.attention_cpu import attention_numpy, attention_workspace
+from mlx_vae_tiling.vae.kernels.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
+from mlx_vae_tiling.vae.kernels.workspace import Workspace
 from mlx_vae_tiling.vae.regions import Attention, Region, Span, Window
-from mlx_vae_tiling.vae.workspace import Workspace
 
 SIZE, CHANNELS = (3, 19, 21), 24
 WHOLE = Region(*(Span(0, n, n) for n in SIZE))

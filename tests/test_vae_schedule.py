@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from vae_cases import VERSIONS, random_latents, small_decoder
 
-from mlx_vae_tiling.runtime.cost import CostModel, Part
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.regions import Attention, Convolution, Region, Same, Span, Upsampling, Window
 from mlx_vae_tiling.vae.schedule import Compute, Deliver, Forget, Pace, regions_of, schedule

@@ -15,8 +15,8 @@ from mlx_vae_tiling.cli.options import SOURCE, parse_config
 from mlx_vae_tiling.cli.printing import plan_fields, print_news, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.runtime.bench import Bench, Decode, bench
-from mlx_vae_tiling.runtime.memory import format_bytes
-from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, load_tuning, save_tuning
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
+from mlx_vae_tiling.runtime.tuning.choices import ERROR_BOUNDS, load_tuning, save_tuning
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import PUBLISHED

@@ -18,10 +18,10 @@ from mlx_vae_tiling.cli.plan import add_planning, plan_for
 from mlx_vae_tiling.cli.printing import plan_text, print_error, print_news, print_result, report_fields
 from mlx_vae_tiling.media.places import same_file
 from mlx_vae_tiling.runtime.autotune import plan_to_run
-from mlx_vae_tiling.runtime.crew import Crew, joined
-from mlx_vae_tiling.runtime.forms import expected_seconds
-from mlx_vae_tiling.runtime.meeting import launched
-from mlx_vae_tiling.runtime.output import kept_frames
+from mlx_vae_tiling.runtime.planning.forms import expected_seconds
+from mlx_vae_tiling.runtime.ranks.crew import Crew, joined
+from mlx_vae_tiling.runtime.ranks.meeting import launched
+from mlx_vae_tiling.runtime.resuming.output import kept_frames
 from mlx_vae_tiling.runtime.run import decode_to_file
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.tiny import TinyDecoder

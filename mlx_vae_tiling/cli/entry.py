@@ -21,7 +21,7 @@ from mlx_vae_tiling.cli.options import in_options
 from mlx_vae_tiling.cli.parser import new_parser
 from mlx_vae_tiling.cli.printing import print_error, print_warning
 from mlx_vae_tiling.media.audio import AudioWarning
-from mlx_vae_tiling.runtime.tuning import TuningWarning
+from mlx_vae_tiling.runtime.tuning.choices import TuningWarning
 
 OURS: dict[type[Warning], Literal["always", "default"]] = {
     CheckpointWarning: "always",

@@ -13,7 +13,7 @@ from mlx_vae_tiling.checkpoints.locate import Located, parse_source
 from mlx_vae_tiling.checkpoints.sources import SOURCES
 from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.cli.printing import print_result, print_warning
-from mlx_vae_tiling.runtime.memory import format_bytes
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
 
 PURPOSE = "transfer only the decoder of a published version or of a repository of the Hub"
 EXAMPLES = f"""

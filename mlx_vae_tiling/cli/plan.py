@@ -13,9 +13,9 @@ from mlx_vae_tiling.cli.options import SOURCE, parse_config, parse_size, parse_t
 from mlx_vae_tiling.cli.printing import plan_fields, plan_text, print_error, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
 from mlx_vae_tiling.media.latents import SavedLatents, read_latents
-from mlx_vae_tiling.runtime.forms import expected_seconds
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
+from mlx_vae_tiling.runtime.planning.forms import expected_seconds
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.config import Config

@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
 from mlx_vae_tiling.cli import NAME
-from mlx_vae_tiling.runtime.memory import format_bytes
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks

@@ -12,8 +12,12 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
-from mlx_vae_tiling.runtime.forms import levels_of
-from mlx_vae_tiling.runtime.measure import (
+from mlx_vae_tiling.runtime.planning.forms import levels_of
+from mlx_vae_tiling.runtime.planning.memory import memory_limits
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
+from mlx_vae_tiling.runtime.tuning.choices import ERROR_BOUNDS, Level, Trial, load_tuning, save_tuning, tune
+from mlx_vae_tiling.runtime.tuning.measure import (
     error_of,
     machine_of,
     operations_of,
@@ -21,16 +25,12 @@ from mlx_vae_tiling.runtime.measure import (
     sample_of,
     seconds_of,
 )
-from mlx_vae_tiling.runtime.memory import memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, Level, Trial, load_tuning, save_tuning, tune
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.kernels.operands import Operands
+from mlx_vae_tiling.vae.kernels.winograd_gpu import POSITIONS
 from mlx_vae_tiling.vae.metal import MetalBackend
-from mlx_vae_tiling.vae.operands import Operands
 from mlx_vae_tiling.vae.regions import Window
-from mlx_vae_tiling.vae.winograd_gpu import POSITIONS
 
 LONG_OPERATIONS = 5e13
 """From as many operations on a decode is long: 5 s at 10 TFLOP/s, of which a faster form may save two."""

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.measure import (
+from mlx_vae_tiling.runtime.planning.memory import PeakMeter
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
+from mlx_vae_tiling.runtime.run import decode_frames
+from mlx_vae_tiling.runtime.tuning.choices import ERROR_BOUNDS, Level, Machine, Trial, choose
+from mlx_vae_tiling.runtime.tuning.measure import (
     Pass,
     machine_of,
     measure_form,
@@ -22,11 +27,6 @@ from mlx_vae_tiling.runtime.measure import (
     sample_of,
     work_of,
 )
-from mlx_vae_tiling.runtime.memory import PeakMeter
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
-from mlx_vae_tiling.runtime.run import decode_frames
-from mlx_vae_tiling.runtime.tuning import ERROR_BOUNDS, Level, Machine, Trial, choose
 from mlx_vae_tiling.tiling import SpatialTilingConfig, TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder

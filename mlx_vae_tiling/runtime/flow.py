@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mlx_vae_tiling.runtime.assembly import Store, part_by_part, put_together
 from mlx_vae_tiling.runtime.frames import Frames
-from mlx_vae_tiling.runtime.group import Team
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.memory import format_bytes
-from mlx_vae_tiling.runtime.output import DecodeOutput
-from mlx_vae_tiling.runtime.store import FrameBands, FrameStore
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
+from mlx_vae_tiling.runtime.ranks.group import Team
+from mlx_vae_tiling.runtime.resuming.output import DecodeOutput
+from mlx_vae_tiling.runtime.resuming.store import FrameBands, FrameStore
 
 
 def frames_of(

@@ -12,12 +12,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.autotune import plan_to_run
-from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
 from mlx_vae_tiling.runtime.frames import Frames, finish
-from mlx_vae_tiling.runtime.memory import PeakMeter, memory_limits
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import MEMORY, plan_decode
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.memory import PeakMeter, memory_limits
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import MEMORY, plan_decode
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_vae_tiling.runtime.memory import format_bytes
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.frames import KINDS
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.journal import fingerprint_of, hash_of
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.resuming.journal import fingerprint_of, hash_of
 from mlx_vae_tiling.vae.base import StreamingDecoder
 
 

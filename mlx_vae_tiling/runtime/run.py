@@ -13,18 +13,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require
-from mlx_vae_tiling.runtime.crew import Crew, joined
 from mlx_vae_tiling.runtime.faults import tried_twice
 from mlx_vae_tiling.runtime.flow import frames_of
-from mlx_vae_tiling.runtime.forms import expected_seconds
 from mlx_vae_tiling.runtime.frames import Frames
-from mlx_vae_tiling.runtime.group import Team, lead, serve
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.memory import footprint_bytes
-from mlx_vae_tiling.runtime.output import DecodeOutput, open_output, several
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.forms import expected_seconds
+from mlx_vae_tiling.runtime.planning.memory import footprint_bytes
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.ranks.crew import Crew, joined
+from mlx_vae_tiling.runtime.ranks.group import Team, lead, serve
 from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.runtime.request import fingerprint_job, new_job, sound_of
+from mlx_vae_tiling.runtime.resuming.output import DecodeOutput, open_output, several
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.runtime.autotune import plan_to_run
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.memory import format_bytes, memory_budget
+from mlx_vae_tiling.runtime.planning.memory import format_bytes, memory_budget
 from mlx_vae_tiling.stage.arguments import (
     Array,
     DecodeBatch,

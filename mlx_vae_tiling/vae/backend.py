@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_vae_tiling.vae.backend_layers import LayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm, convolve
-from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, depth_to_space, reflect, replicate, surround
 from mlx_vae_tiling.vae.options import Noise
 from mlx_vae_tiling.vae.regions import Region

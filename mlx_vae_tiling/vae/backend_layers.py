@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.attention import neighbourhood_attention
-from mlx_vae_tiling.vae.attention_cpu import attention_numpy, attention_workspace
-from mlx_vae_tiling.vae.convolution_frames import convolve_frames
-from mlx_vae_tiling.vae.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
+from mlx_vae_tiling.vae.kernels.attention_cpu import attention_numpy, attention_workspace
+from mlx_vae_tiling.vae.kernels.convolution_frames import convolve_frames
+from mlx_vae_tiling.vae.kernels.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
+from mlx_vae_tiling.vae.kernels.workers import default_workers
+from mlx_vae_tiling.vae.kernels.workspace import Workspace
 from mlx_vae_tiling.vae.regions import Region, Stride
-from mlx_vae_tiling.vae.workers import default_workers
-from mlx_vae_tiling.vae.workspace import Workspace
 
 KEY_COPY_QUERIES = 96
 """Queries whose products with a key take as long as copying it, at 13 TFLOP/s and 400 GB/s."""

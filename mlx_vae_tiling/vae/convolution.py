@@ -12,8 +12,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae import convolution_gpu as gpu
-from mlx_vae_tiling.vae.convolution_cpu import blocked, convolve_numpy
+from mlx_vae_tiling.vae.kernels import convolution_gpu as gpu
+from mlx_vae_tiling.vae.kernels.convolution_cpu import blocked, convolve_numpy
 
 ConvolutionForm = Literal["stock", "folded", "blocked", "numpy", "gemm", "winograd32", "winograd_time"]
 

@@ -15,11 +15,11 @@ from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
 from mlx_vae_tiling.vae.backend_layers import CPULayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_numpy, workspace_bytes
-from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.kernels.convolution_cpu import choose_form, convolve_numpy, workspace_bytes
+from mlx_vae_tiling.vae.kernels.operands import Operands
+from mlx_vae_tiling.vae.kernels.upsampling_cpu import upsample_numpy
+from mlx_vae_tiling.vae.kernels.workspace import Workspace
 from mlx_vae_tiling.vae.operations import Activation, Padding
-from mlx_vae_tiling.vae.upsampling_cpu import upsample_numpy
-from mlx_vae_tiling.vae.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**17
 """How much the CPU activates at a time: a few copies of it fit into a core's cache."""

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_vae_tiling.vae.backend import ConvolutionSize, Taken, Where
 from mlx_vae_tiling.vae.blocks import PaddingMode, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
-from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut
 from mlx_vae_tiling.vae.regions import Convolution, Same, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step

@@ -10,11 +10,11 @@ from typing import Any, cast, get_args
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae import convolution_gpu as gpu
 from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize, known_form
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.kernels import convolution_gpu as gpu
+from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, pixel_norm, replicate
 
 

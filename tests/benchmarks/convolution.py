@@ -17,10 +17,10 @@ import numpy as np
 from common import parse_quick
 
 from mlx_vae_tiling.vae.config import DecoderConfig
-from mlx_vae_tiling.vae.convolution_cpu import choose_form, convolve_rows, workspace_bytes
+from mlx_vae_tiling.vae.kernels.convolution_cpu import choose_form, convolve_rows, workspace_bytes
+from mlx_vae_tiling.vae.kernels.rows import Rows
+from mlx_vae_tiling.vae.kernels.workspace import Workspace
 from mlx_vae_tiling.vae.published import PUBLISHED
-from mlx_vae_tiling.vae.rows import Rows
-from mlx_vae_tiling.vae.workspace import Workspace
 
 Runs = dict[str, Callable[[], object]]
 

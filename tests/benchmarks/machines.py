@@ -7,9 +7,9 @@ import argparse
 
 import mlx.core as mx
 
-from mlx_vae_tiling.runtime.cost import CostModel
-from mlx_vae_tiling.runtime.grids import part_around
-from mlx_vae_tiling.runtime.shares import divide
+from mlx_vae_tiling.runtime.planning.cost import CostModel
+from mlx_vae_tiling.runtime.planning.grids import part_around
+from mlx_vae_tiling.runtime.ranks.shares import divide
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import NAMES, published_version
 from mlx_vae_tiling.vae.regions import Window

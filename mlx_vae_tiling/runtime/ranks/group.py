@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from mlx_vae_tiling.runtime.assembly import Piece, Store
-from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.crew import Crew, RankError
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.journal import read_part
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.shares import Division, assign, divide, division_of
-from mlx_vae_tiling.runtime.wire import Message
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.ranks.crew import Crew, RankError
+from mlx_vae_tiling.runtime.ranks.shares import Division, assign, divide, division_of
+from mlx_vae_tiling.runtime.ranks.wire import Message
+from mlx_vae_tiling.runtime.resuming.journal import read_part
 from mlx_vae_tiling.tiling import TilingConfig
 
 Fingerprint = dict[str, str]

@@ -19,8 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vae_tiling.runtime.meeting import meet
-from mlx_vae_tiling.runtime.wire import Fields, Message, Wire
+from mlx_vae_tiling.runtime.ranks.meeting import meet
+from mlx_vae_tiling.runtime.ranks.wire import Fields, Message, Wire
 
 BEAT_SECONDS = 3.0
 LEAVING_SECONDS = 5.0

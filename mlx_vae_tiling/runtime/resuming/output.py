@@ -17,11 +17,11 @@ from mlx_vae_tiling.media.places import BEGIN_AGAIN, partial_path
 from mlx_vae_tiling.media.space import disk_bytes
 from mlx_vae_tiling.media.video import first_file, open_video, unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
-from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.journal import Journal, identity, locked, read_part, unreadable
-from mlx_vae_tiling.runtime.journal_file import read_told
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.store import FrameStore
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.resuming.journal import Journal, identity, locked, read_part, unreadable
+from mlx_vae_tiling.runtime.resuming.journal_file import read_told
+from mlx_vae_tiling.runtime.resuming.store import FrameStore
 
 
 @dataclass(frozen=True)

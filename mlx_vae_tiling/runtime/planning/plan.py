@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.memory import format_bytes
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.memory import format_bytes
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder

@@ -13,8 +13,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae import winograd_gpu, winograd_time
-from mlx_vae_tiling.vae.operands import NO_PADDING, Operands, Padding, operands_of
+from mlx_vae_tiling.vae.kernels import winograd_gpu, winograd_time
+from mlx_vae_tiling.vae.kernels.operands import NO_PADDING, Operands, Padding, operands_of
 from mlx_vae_tiling.vae.operations import mirrored
 
 GPUForm = Literal["stock", "folded", "gemm", "winograd32", "winograd_time"]

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vae_tiling.runtime.cost import CostModel, Part
-from mlx_vae_tiling.runtime.grids import choose_parts, fits, part_around
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
+from mlx_vae_tiling.runtime.planning.grids import choose_parts, fits, part_around
 from mlx_vae_tiling.vae.regions import Region
 from mlx_vae_tiling.vae.schedule import regions_of
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mlx_vae_tiling.vae.blocks import PaddingMode
-from mlx_vae_tiling.vae.workspace import Shape
+from mlx_vae_tiling.vae.kernels.workspace import Shape
 
 PIXEL_NORM_EPS = 1e-8
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.operands import Operands, Padding
+from mlx_vae_tiling.vae.kernels.operands import Operands, Padding
 
 
 class _Pairs(NamedTuple):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from mlx_vae_tiling.runtime.cost import CostModel, Part
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.vae.regions import Region, Span
 
 ARRAY_ELEMENTS = 2**31

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vae_tiling.runtime.cost import Part
 from mlx_vae_tiling.runtime.frames import Frames
-from mlx_vae_tiling.runtime.journal import Journal, unreadable
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.resuming.journal import Journal, unreadable
 
 
 class FrameStore:

@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import parse_dtype
-from mlx_vae_tiling.runtime.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.forms import fewest_windows, in_blocks, tuned_backend
 from mlx_vae_tiling.runtime.frames import finishing_bytes
-from mlx_vae_tiling.runtime.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
-from mlx_vae_tiling.runtime.memory import memory_budget
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.cost import Cost, CostModel, Part
+from mlx_vae_tiling.runtime.planning.forms import fewest_windows, in_blocks, tuned_backend
+from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
+from mlx_vae_tiling.runtime.planning.memory import memory_budget
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import blending_bytes, plan_tiles
 from mlx_vae_tiling.vae.backend import Backend

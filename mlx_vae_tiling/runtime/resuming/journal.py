@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.journal_file import read_told, write_told
-from mlx_vae_tiling.runtime.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.resuming.journal_file import read_told, write_told
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Region, Span
 

@@ -12,11 +12,11 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae import winograd
 from mlx_vae_tiling.vae.blocks import PaddingMode
-from mlx_vae_tiling.vae.rows import Activation, Rows, row_buffers
-from mlx_vae_tiling.vae.winograd_kernel import TILE_HEIGHT, TILE_WIDTH
-from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
+from mlx_vae_tiling.vae.kernels import winograd
+from mlx_vae_tiling.vae.kernels.rows import Activation, Rows, row_buffers
+from mlx_vae_tiling.vae.kernels.winograd_kernel import TILE_HEIGHT, TILE_WIDTH
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 
 CpuForm = Literal["columns", "shifts", "winograd"]
 

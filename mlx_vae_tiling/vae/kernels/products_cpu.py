@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span
-from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
 
 Item = TypeVar("Item")
 Multiply = Callable[[Sequence[np.ndarray]], np.ndarray]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.operands import Operands, Padding
+from mlx_vae_tiling.vae.kernels.operands import Operands, Padding
 
 TILE = 6
 """Rows and columns of the output that one 8x8 tile of MLX's kernels computes."""

@@ -15,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae.attention import window_start
-from mlx_vae_tiling.vae.products_cpu import copy_numbers, numbers, share
+from mlx_vae_tiling.vae.kernels.products_cpu import copy_numbers, numbers, share
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span, Stride
-from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
 
 TILE = (4, 8)
 """Rows and columns of queries that share their keys: 2.1 times those that an 11x11x11 window has."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from mlx_vae_tiling.vae.workspace import Shape
+from mlx_vae_tiling.vae.kernels.workspace import Shape
 
 TILE_HEIGHT, TILE_WIDTH = 4, 2
 PRODUCTS = (TILE_HEIGHT + 2) * (TILE_WIDTH + 2)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_vae_tiling.vae.rows import Rows, row_buffers
-from mlx_vae_tiling.vae.winograd_kernel import (
+from mlx_vae_tiling.vae.kernels.rows import Rows, row_buffers
+from mlx_vae_tiling.vae.kernels.winograd_kernel import (
     INPUT,
     OUTPUT,
     PRODUCTS,
@@ -30,7 +30,7 @@ from mlx_vae_tiling.vae.winograd_kernel import (
     part_of,
     transform,
 )
-from mlx_vae_tiling.vae.workspace import Shape, Workspace, bytes_of
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 
 TILES_PER_BLOCK = 192
 """Rows of each matrix that is multiplied: with fewer BLAS is slower, with more the caches are."""

@@ -16,20 +16,20 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_vae_tiling.runtime.verification.verification.compare import Comparison, Score
+from mlx_vae_tiling.runtime.verification.verification.seams import Seams, seams_of
 
 from mlx_vae_tiling.media.saved_frames import SavedFrames, read_array, read_frames
 from mlx_vae_tiling.runtime.assembly import read_store
-from mlx_vae_tiling.runtime.compare import Comparison, Score
 from mlx_vae_tiling.runtime.flow import frames_of
 from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import NO_FRAMES, Job
-from mlx_vae_tiling.runtime.memory import PeakMeter
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.planner import plan_decode
+from mlx_vae_tiling.runtime.planning.memory import PeakMeter
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.runtime.request import new_job
-from mlx_vae_tiling.runtime.seams import Seams, seams_of
-from mlx_vae_tiling.runtime.store import FrameStore
-from mlx_vae_tiling.runtime.verification import Verification
+from mlx_vae_tiling.runtime.resuming.store import FrameStore
+from mlx_vae_tiling.runtime.verification.verification import Verification
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Window

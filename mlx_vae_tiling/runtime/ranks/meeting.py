@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.runtime.wire import Fields, Wire
+from mlx_vae_tiling.runtime.ranks.wire import Fields, Wire
 
 CARD_BYTES = 4096
 """Of what the ranks tell each other through MLX."""

@@ -9,10 +9,10 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
-from mlx_vae_tiling.runtime.cost import Part
-from mlx_vae_tiling.runtime.measure import Work, machine_of, work_of
-from mlx_vae_tiling.runtime.plan import DecodePlan
-from mlx_vae_tiling.runtime.tuning import Tuning, load_tuning
+from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.tuning.choices import Tuning, load_tuning
+from mlx_vae_tiling.runtime.tuning.measure import Work, machine_of, work_of
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder

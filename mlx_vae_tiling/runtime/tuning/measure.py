@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_vae_tiling.runtime.tuning import Level, Machine, Trial
+from mlx_vae_tiling.runtime.tuning.choices import Level, Machine, Trial
 from mlx_vae_tiling.vae.backend import Backend, ConvolutionSize
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.convolution_gpu import fold
-from mlx_vae_tiling.vae.operands import Operands
+from mlx_vae_tiling.vae.kernels.convolution_gpu import fold
+from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
 from mlx_vae_tiling.vae.regions import Convolution, Region
 from mlx_vae_tiling.vae.schedule import Pace, Step, frames_per_latent, regions_of

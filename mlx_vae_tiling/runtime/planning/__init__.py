@@ -1,0 +1,1 @@
+"""What a decode will take, before it runs."""

@@ -1,0 +1,1 @@
+"""One decode by several machines."""

@@ -1,0 +1,1 @@
+"""What a decode keeps so that it can be resumed."""

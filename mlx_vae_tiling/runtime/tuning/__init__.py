@@ -1,0 +1,1 @@
+"""What this machine does with a convolution: measured, and kept."""

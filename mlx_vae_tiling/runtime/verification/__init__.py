@@ -1,0 +1,1 @@
+"""How far a decode is from the exact one."""

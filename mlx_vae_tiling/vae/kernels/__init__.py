@@ -1,0 +1,1 @@
+"""The arithmetic of each device, beside the memory that it takes."""
