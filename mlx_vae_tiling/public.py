@@ -10,7 +10,7 @@ from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.runtime.report import DecodeReport
 from mlx_vae_tiling.runtime.run import decode_frames, decode_to_file
 from mlx_vae_tiling.runtime.verification.verification import Verification
-from mlx_vae_tiling.runtime.verification.verification.verify import verify_decode
+from mlx_vae_tiling.runtime.verification.verify import verify_decode
 from mlx_vae_tiling.stage.arguments import DecodeBatch, DecodingArgs
 from mlx_vae_tiling.stage.decoding import DecodingStage
 from mlx_vae_tiling.stage.verification import VerificationResult

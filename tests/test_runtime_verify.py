@@ -5,12 +5,12 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_vae_tiling.runtime.verification.verification.compare import Comparison, Score, total
-from mlx_vae_tiling.runtime.verification.verification.seams import Seams, seams_of
 from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, plan_decode, verify_decode
 from mlx_vae_tiling.runtime.verification import verify
+from mlx_vae_tiling.runtime.verification.compare import Comparison, Score, total
+from mlx_vae_tiling.runtime.verification.seams import Seams, seams_of
 from mlx_vae_tiling.runtime.verification.verification import Verification
 from mlx_vae_tiling.tiling import SpatialTilingConfig, TemporalTilingConfig
 

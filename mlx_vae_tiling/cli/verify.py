@@ -13,9 +13,9 @@ from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_de
 from mlx_vae_tiling.cli.options import parse_tiling, parse_window
 from mlx_vae_tiling.cli.plan import add_planning
 from mlx_vae_tiling.cli.printing import plan_fields, print_result
+from mlx_vae_tiling.runtime.verification.compare import Score
 from mlx_vae_tiling.runtime.verification.verification import SEAM_DB, VISIBLE_DB, Verification
-from mlx_vae_tiling.runtime.verification.verification.compare import Score
-from mlx_vae_tiling.runtime.verification.verification.verify import verify_decode
+from mlx_vae_tiling.runtime.verification.verify import verify_decode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from mlx_vae_tiling.runtime.verification.verification.compare import Mask
 
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.verification.compare import Mask
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.tiling.plan import plan_tiles
 from mlx_vae_tiling.vae.regions import Span

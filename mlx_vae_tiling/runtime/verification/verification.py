@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from mlx_vae_tiling.runtime.verification.verification.compare import Score, total
-from mlx_vae_tiling.runtime.verification.verification.seams import Seams
 
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
+from mlx_vae_tiling.runtime.verification.compare import Score, total
+from mlx_vae_tiling.runtime.verification.seams import Seams
 
 VISIBLE_DB = 40.0
 """PSNR below which a difference counts as visible: 2.6 levels of 255, root mean square."""

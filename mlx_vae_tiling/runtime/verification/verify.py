@@ -16,8 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_vae_tiling.runtime.verification.verification.compare import Comparison, Score
-from mlx_vae_tiling.runtime.verification.verification.seams import Seams, seams_of
 
 from mlx_vae_tiling.media.saved_frames import SavedFrames, read_array, read_frames
 from mlx_vae_tiling.runtime.assembly import read_store
@@ -29,6 +27,8 @@ from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.planning.planner import plan_decode
 from mlx_vae_tiling.runtime.request import new_job
 from mlx_vae_tiling.runtime.resuming.store import FrameStore
+from mlx_vae_tiling.runtime.verification.compare import Comparison, Score
+from mlx_vae_tiling.runtime.verification.seams import Seams, seams_of
 from mlx_vae_tiling.runtime.verification.verification import Verification
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
