@@ -11,14 +11,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from disk_use import watched
 
 from mlx_vae_tiling.media import movie, npy
 from mlx_vae_tiling.media.video import open_video, unfinished_frames
 
 av = pytest.importorskip("av")
 
-KILLS = 8
-"""Of each case of the slow test."""
+KILLS = int(os.environ.get("KILLS", 8))
+"""Of each case of the slow test; those of whole decodes are in test_runtime_resume."""
 
 FPS = Fraction(24000, 1001)
 VIDEOS = {
@@ -290,6 +291,21 @@ def test_what_a_continued_file_keeps_lies_there_until_it_is_overtaken(tmp_path):
     assert min(kept) >= before
     assert list(kept) == sorted(kept)
     assert (files[0], files[-1]) == (2, 1)
+
+
+@pytest.mark.parametrize(("old", "new"), [(130, 131), (130, 300)])
+@pytest.mark.parametrize(("name", "codec"), [VIDEOS["h264"], VIDEOS["prores"]])
+def test_the_disk_never_holds_more_than_twice_a_continued_video(
+    tmp_path, name, codec, old, new, monkeypatch
+):
+    killed(tmp_path / name, codec, old)
+    with monkeypatch.context() as patch:
+        taken = watched(tmp_path, patch)
+        with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+            for first in range(video.frames_kept, new, 5):
+                video.write(picture(range(first, min(first + 5, new))))
+    assert os.listdir(tmp_path) == [name]
+    assert len(taken) > 50 and max(taken) <= 2 * os.path.getsize(tmp_path / name)
 
 
 def test_the_disk_has_the_frames_before_the_header_counts_them(tmp_path, monkeypatch):

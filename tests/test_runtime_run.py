@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -20,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from disk_use import watched
 from vae_cases import budgets, joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
@@ -483,20 +483,17 @@ def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path
     assert decode_to_file(decoder, latents, tmp_path / "out.mp4", memory_limit="1GB").frames == 25
 
 
-def test_the_disk_never_holds_twice_a_video(decoder, latents, tmp_path, monkeypatch):
-    """Nothing lies beside the output while it is made, but for the journal."""
-    path, write, taken = tmp_path / "out.mp4", VideoWriter.write, []
-
-    def measured(writer, frames):
-        write(writer, frames)
-        while writer._queue.qsize():
-            time.sleep(0.001)
-        files = [file for file in tmp_path.rglob("*") if file.is_file()]
-        taken.append(sum(file.stat().st_size for file in files))
-
-    monkeypatch.setattr(VideoWriter, "write", measured)
-    decode_to_file(decoder, latents, path, fps=4, quality=1, memory_limit=LIMITS["streamed"])
-    assert len(taken) > 3 and max(taken) < 2 * path.stat().st_size
+@pytest.mark.parametrize("begun", [None, 9, 22])
+def test_the_disk_never_holds_twice_a_video(decoder, latents, begun, tmp_path, monkeypatch):
+    """With all that lies beside the output while it is made, continued and closed, and gets its name."""
+    path, options = tmp_path / "out.mp4", {"fps": 4, "quality": 1, "memory_limit": LIMITS["streamed"]}
+    if begun:
+        interrupted(decoder, latents, path, monkeypatch, frame=begun, **options)
+    with monkeypatch.context() as patch:
+        taken = watched(tmp_path, patch)
+        report = decode_to_file(decoder, latents, path, resume=bool(begun), **options)
+    assert bool(report.resumed_frames) == bool(begun)
+    assert len(taken) > 50 and max(taken) <= 2 * path.stat().st_size
 
 
 def test_an_output_is_replaced_only_when_told_and_complete(decoder, latents, tmp_path, monkeypatch):
