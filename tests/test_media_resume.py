@@ -295,9 +295,7 @@ def test_what_a_continued_file_keeps_lies_there_until_it_is_overtaken(tmp_path):
 
 @pytest.mark.parametrize(("old", "new"), [(130, 131), (130, 300)])
 @pytest.mark.parametrize(("name", "codec"), [VIDEOS["h264"], VIDEOS["prores"]])
-def test_the_disk_never_holds_more_than_twice_a_continued_video(
-    tmp_path, name, codec, old, new, monkeypatch
-):
+def test_the_disk_never_holds_more_than_twice_a_continued_video(tmp_path, name, codec, old, new, monkeypatch):
     killed(tmp_path / name, codec, old)
     with monkeypatch.context() as patch:
         taken = watched(tmp_path, patch)

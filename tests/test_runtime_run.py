@@ -18,8 +18,8 @@ import av
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from disk_use import watched
+from mlx.utils import tree_flatten
 from vae_cases import budgets, joined, random_latents, small_decoder
 
 from mlx_vae_tiling import TilingConfig, Window, decode_frames, decode_to_file, plan_decode
