@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import wave
 from fractions import Fraction
 from itertools import pairwise
 
@@ -361,6 +362,35 @@ def test_nothing_but_the_end_was_missing(tmp_path, name, codec):
         assert video.frames_kept == 30
     check(tmp_path / name, 30)
     assert unfinished_frames(tmp_path / name) is None
+
+
+@every_video
+def test_a_closed_video_that_lacks_nothing_is_only_renamed(tmp_path, name, codec):
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **options(name, codec)) as video:
+        video.write(picture(range(30)))
+        raise KeyboardInterrupt
+    closed = (tmp_path / f"a.partial{os.path.splitext(name)[1]}").stat()
+    with open_video(tmp_path / name, resume=True, **options(name, codec)):
+        pass
+    assert (tmp_path / name).stat().st_ino == closed.st_ino
+    check(tmp_path / name, 30)
+
+
+@pytest.mark.parametrize("with_sound", [False, True])
+def test_a_closed_video_gets_the_sound_that_it_is_continued_with(tmp_path, with_sound):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"\0\1" * 8000)
+    sound = {"audio": tmp_path / "sound.wav", "clip_seconds": 1.0}
+    before, after = ({}, sound) if with_sound else (sound, {})
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / "a.mp4", fps=24, **before) as video:
+        video.write(picture(range(24)))
+        raise KeyboardInterrupt
+    with open_video(tmp_path / "a.mp4", fps=24, resume=True, **after) as video:
+        assert video.frames_kept == 24
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert len(container.streams.audio) == with_sound
+    check(tmp_path / "a.mp4", 24, fps=Fraction(24))
 
 
 @every_output

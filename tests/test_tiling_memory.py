@@ -102,7 +102,7 @@ def test_peak_of_a_decoder_that_joins_pieces_and_takes_nothing_else():
 def test_peak_of_many_small_tiles_is_that_of_what_is_finished(dtype):
     """A tile is little beside its group, which in half precision is there once more while it is rounded."""
     config, array = (
-        TilingConfig(SpatialTilingConfig(64, 0), TemporalTilingConfig(32, 8)),
+        TilingConfig(SpatialTilingConfig(64, 0), TemporalTilingConfig(32, 0)),
         latents(9, dtype, 8),
     )
     tiles = plan_tiles(array.shape, config, 32, 8)
