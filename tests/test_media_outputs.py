@@ -86,7 +86,7 @@ def test_the_old_output_lies_there_until_the_new_one_is_complete(tmp_path, name)
 
 @every_name
 def test_a_name_is_given_to_what_is_on_the_disk(tmp_path, name, monkeypatch):
-    """After a loss of power, too: every file is flushed as it is complete, then renamed, then its folder is."""
+    """After a loss of power, too: a file is flushed as it is complete, then renamed, then its folder is."""
     events, fsync, replace = [], os.fsync, os.replace
 
     def flushed(file):

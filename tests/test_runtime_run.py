@@ -486,7 +486,7 @@ def test_a_disk_without_room_is_found_before_decoding(decoder, latents, tmp_path
 @pytest.mark.parametrize("begun", [None, 9, 22])
 def test_the_disk_never_holds_twice_a_video(decoder, latents, begun, tmp_path, monkeypatch):
     """With all that lies beside the output while it is made, continued and closed, and gets its name."""
-    path, options = tmp_path / "out.mp4", {"fps": 4, "quality": 1, "memory_limit": LIMITS["streamed"]}
+    path, options = tmp_path / "out.mp4", {"fps": 4, "memory_limit": LIMITS["streamed"]}
     if begun:
         interrupted(decoder, latents, path, monkeypatch, frame=begun, **options)
     with monkeypatch.context() as patch:
