@@ -133,7 +133,7 @@ PLACES = [
     ),
     *places(
         "vae/regions.py",
-        "vae_schedule vae_windows",
+        "vae_schedule vae_windows cli_messages",
         ("max(span.start - before, 0)", "max(span.start - before + 1, 0)"),
         ("dropped = factor - 1 if axis == 0 else 0", "dropped = 0"),
         ("span.size - kernel)\n", "span.size)\n"),
