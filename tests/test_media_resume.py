@@ -19,7 +19,7 @@ from mlx_vae_tiling.media.video import open_video, unfinished_frames
 
 av = pytest.importorskip("av")
 
-KILLS = int(os.environ.get("KILLS", 8))
+KILLS = int(os.environ.get("KILLS", 3))
 """Of each case of the slow test; those of whole decodes are in test_runtime_resume."""
 
 FPS = Fraction(24000, 1001)
