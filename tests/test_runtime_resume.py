@@ -17,7 +17,7 @@ from mlx_vae_tiling.media.video import first_file
 from mlx_vae_tiling.runtime.resuming.output import kept_frames, store_folder
 
 KILLS = int(os.environ.get("KILLS", 3))
-"""Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes half an hour."""
+"""Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes ten minutes."""
 
 FRAMES = 153
 
