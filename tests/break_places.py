@@ -171,7 +171,7 @@ PLACES = [
     ),
     *places(
         "vae/operations.py",
-        "vae_parity vae_convolution_cpu vae_decoder vae_schedule -k not half",
+        "vae_parity vae_backends vae_schedule -k step1 or gpu_policies or is_held",
         ("before - (wanted.start - inner.start), after", "before, after"),
         ("transpose(0, 4, 1, 2, 6, 3, 5)", "transpose(0, 4, 1, 2, 5, 3, 6)"),
         ("x * factor + shift", "x * factor"),
@@ -180,14 +180,14 @@ PLACES = [
     ),
     *places(
         "vae/cpu.py",
-        "vae_convolution vae_decoder vae_windows vae_schedule",
+        "vae_parity vae_convolution runtime_plan -k whole or form or float16 or predicted",
         ("view[:, :first] = view[:, first : first + 1]\n", ""),
         ("x[0] = x[2]", "x[0] = x[1]"),
         ("return itemsize * (made + max(tiled, kept * (kept < made)))", "return itemsize * made"),
     ),
     *places(
         "vae/layers.py",
-        "vae_windows vae_parity vae_streaming",
+        "vae_parity vae_windows -k step1 or corners or matters",
         ("return cut(y, parts)", "return y"),
         (
             "origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)",
@@ -197,14 +197,14 @@ PLACES = [
     ),
     *places(
         "vae/decoder.py",
-        "vae_parity vae_decoder vae_windows",
+        "vae_parity vae_windows -k step1 or unnormalised or mixes or corners",
         ("z = (1 - scale) * z * std", "z = z * std"),
         ("3, source.height, output.height", "3, source.height, source.height"),
         ("z = z if options.normalized else (z - mean) / std", "z = z"),
     ),
     *places(
         "checkpoints/load.py",
-        "checkpoints_load checkpoints_damage",
+        "checkpoints_load checkpoints_damage -k values or layouts or shorter",
         ("if (part == exponent).any():", "if False:"),
         ("if value.dtype != stored and not _fits(value):", "if False:"),
         ("if values.size != count:", "if False:"),
@@ -284,7 +284,7 @@ PLACES = [
     ),
     *places(
         "runtime/planning/grids.py",
-        "runtime_plan",
+        "runtime_plan -k finds or little or halo or elements",
         ("if most <= least:", "if most < least:"),
         ("if most > enough:", "if False:"),
         ("reach = max(halo,", "reach = min(halo,"),
@@ -292,7 +292,7 @@ PLACES = [
     ),
     *places(
         "runtime/planning/cost.py",
-        "runtime_plan runtime_kinds",
+        "runtime_plan runtime_kinds -k cover or once or there_twice",
         ("copying.add((*held[:number], held[number] + kept,", "copying.add((*held[:number], held[number],"),
         ("filled = 2 * self._lag + 4 * step", "filled = self._lag // 4"),
         ("ahead = self.backend.pieces_ahead", "ahead = 2 * self.backend.pieces_ahead"),
