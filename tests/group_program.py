@@ -1,7 +1,6 @@
 """What each rank of the tests runs: a small decode, as the JSON arguments say."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,9 +46,6 @@ def main():
     settings = {}
     for text in sys.argv[1:]:
         settings |= json.loads(text)
-    if "cores" in settings:
-        rank = int(os.environ.get("MLX_RANK", "0"))
-        os.sched_setaffinity(0, {settings["cores"][rank % len(settings["cores"])]})
     decoder, latents = decoder_of(settings), latents_of(settings)
     options = {
         "memory_limit": settings.get("memory", "2GB"),

@@ -14,7 +14,6 @@ from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.ranks import group
 from mlx_vae_tiling.runtime.resuming.output import finished_share, kept_frames
 from mlx_vae_tiling.vae.backends import METAL
 
@@ -186,5 +185,5 @@ def test_a_rank_computes_in_the_forms_that_it_is_told():
     own, told = replace(METAL, form="folded"), replace(METAL, form="gemm")
     plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend=own)
     job = Job.prepare(decoder, latents, decoder.options(), "uint8", plan)
-    shared = group._sharing(job, plan.parts, told.arithmetic)
+    shared = job.planned_anew(plan.parts, told.arithmetic)
     assert (job.plan.backend, shared.plan.backend, shared.backend) == (own, told, told)
