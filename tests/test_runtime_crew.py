@@ -45,6 +45,16 @@ def three(connected):
     return [first, *(Crew(rank, 3, {0: there}) for rank, (_, there) in pairs.items())]
 
 
+def failure_of(crew):
+    """What a crew says has failed; an assertion if it never does."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(str(crew.failure())), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, "it was not noticed"
+    return found[0]
+
+
 def test_messages_come_whole_and_in_order(three):
     first, second, _ = three
     data = bytes(range(256)) * 20_000
@@ -64,7 +74,7 @@ def test_an_error_of_one_is_everyone_s(three, failing):
     three[failing].leave(ValueError("no\nroom"))
     for rank, one in enumerate(three):
         if rank != failing:
-            assert str(one.failure()) == f"rank {failing}: no room"
+            assert failure_of(one) == f"rank {failing}: no room"
             with pytest.raises(RankError, match=f"rank {failing}: no room"):
                 one.hear()
             with pytest.raises(RankError, match=f"rank {failing}: no room"):
@@ -74,13 +84,13 @@ def test_an_error_of_one_is_everyone_s(three, failing):
 def test_who_goes_without_a_word_is_lost(three):
     three[2]._wires[0].connection.shutdown(socket.SHUT_RDWR)
     for one in three[:2]:
-        assert str(one.failure()) == "rank 2 was lost"
+        assert failure_of(one) == "rank 2 was lost"
 
 
 def test_who_falls_silent_is_lost(connected):
     here, there = connected(1, silence=0.2)
     first = Crew(0, 2, {1: here})
-    assert str(first.failure()) == "rank 1 was lost"
+    assert failure_of(first) == "rank 1 was lost"
     there.close()
 
 

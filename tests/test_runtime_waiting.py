@@ -1,17 +1,20 @@
 """What waits at rank 0: never more than its plan has room for, whoever is fast and whoever is slow."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.runtime.assembly import put_together
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.runtime.ranks.division import Division
-from mlx_vae_tiling.runtime.ranks.group import Team
+from mlx_vae_tiling.runtime.ranks.group import Team, serve
 from mlx_vae_tiling.runtime.ranks.shares import divide
 from mlx_vae_tiling.runtime.ranks.waiting import FrameBands, Room, ranges_of, room_for
 from mlx_vae_tiling.runtime.ranks.wire import Message
@@ -113,6 +116,79 @@ def test_no_more_waits_than_there_is_room_for(cuts, piece, slow, tmp_path):
     frames = np.concatenate(list(put_together(team.pieces(job, store, lambda _: None), store, 0)))
     assert (frames == expected_frames()).all()
     assert most > room.frames * room.frame_bytes / 2
+
+
+class Leader:
+    """Rank 0 as another rank hears it: it makes room for three more frames whenever there is none."""
+
+    def __init__(self, parts, done):
+        self.parts, self.done, self.sent, self.finished = parts, list(done), [[] for _ in parts], False
+        self.until = [count + 3 for count in done]
+        self.part = 0
+
+    def hear(self):
+        if not self.sent[0] and self.part == 0:
+            self.part = 1
+            told = [[list(span) for span in box] for box in self.parts[0]]
+            other = [[list(span) for span in box] for box in self.parts[1]]
+            fields = {"numbers": [0, 1], "parts": [told, other], "done": list(self.done)}
+            return Message(0, "share", fields | {"until": list(self.until), "arithmetic": {}}, b"")
+        for number, part in enumerate(self.parts):
+            if self.done[number] < part.pixels.time.length:
+                assert self.done[number] == self.until[number], "it waits, and there is room"
+                self.until[number] += 3
+                return Message(0, "until", {"part": number, "frame": self.until[number]}, b"")
+        self.finished = True
+        return Message(0, "finished", {}, b"")
+
+    def tell(self, rank, kind, fields, data=b""):
+        if kind == "frames":
+            number = fields["part"]
+            self.sent[number].append(np.frombuffer(data, np.uint8).reshape(fields["shape"]))
+            self.done[number] += fields["shape"][0]
+            assert self.done[number] <= self.until[number]
+
+
+def test_a_rank_sends_what_there_is_room_for_and_waits_with_the_rest():
+    parts, begun = parts_of(RANGES[1:]), [5, 0]
+    leader = Leader(parts, begun)
+
+    def decode(part, done):
+        frames = expected_frames()[part.pixels.time.slice]
+        for start in range(done, len(frames), 8):
+            yield frames[start : start + 8]
+
+    plan = SimpleNamespace(memory_limit=1, require_fit=lambda: None)
+    job = SimpleNamespace(plan=plan, decode=decode, planned_anew=lambda parts, arithmetic: job)
+    sent = serve(leader, job, {})
+    assert leader.finished and sent == sum(part.pixels.time.length for part in parts) - 5
+    for part, done, pieces in zip(parts, begun, leader.sent, strict=True):
+        assert (np.concatenate(pieces) == expected_frames()[part.pixels.time.slice][done:]).all()
+
+
+def test_rank_0_s_plan_has_its_share_and_the_frames_that_wait():
+    decoder = small_decoder("ltx-2.3")
+    latents = random_latents(decoder, 1, 3, 4, 5)
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB")
+    job = Job.prepare(decoder, latents, decoder.options(), "uint8", plan)
+    model = CostModel(decoder, latents.shape, decoder.dtype, plan.backend)
+    room = Room(4, 3 * 128 * 160)
+    half = divide(model, plan.output, [10**9] * 2)
+    share = plan_decode(decoder, latents.shape, memory_limit="1GB", parts=half.parts[:1])
+    budget = share.peak_bytes + room.nbytes(1)
+    for less, fits in ((0, True), (1, False)):
+        given = replace(job, plan=replace(plan, memory_limit=budget - less))
+        team = Team.planned(SimpleNamespace(size=2), given, half, [budget - less, 10**9], room)
+        found = team.job.plan
+        assert team.own.plan.memory_limit == budget - less - room.nbytes(1)
+        assert team.own.plan.parts == half.parts[:1] and found.parts == half.parts
+        assert found.peak_bytes == team.own.plan.peak_bytes + room.nbytes(1)
+        assert (found.waiting_bytes, found.memory_limit) == (room.nbytes(1), budget - less)
+        assert found.operations == sum(half.operations) and found.recompute > plan.recompute
+        assert (team.own.plan.chunk_bytes == share.chunk_bytes) == fits
+    idle = Team.planned(SimpleNamespace(size=2), job, replace(half, owners=(1, 1)), [10**9] * 2, room)
+    assert idle.own is None
+    assert idle.job.plan.peak_bytes == model.weight_bytes + room.nbytes(1)
 
 
 def model_of(size):
