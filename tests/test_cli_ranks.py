@@ -1,7 +1,11 @@
 """`plan --ranks N`: who would compute what, by the numbers that the ranks themselves divide by."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -69,6 +73,20 @@ def test_as_text(capsys):
     assert re.fullmatch(r"together 1\.\d\dx the whole decode, 2\.\d\d times as fast at best", together)
     left = int(re.search(r"columns 0:(\d+);", ranks[0])[1])
     assert traffic == f"traffic  {3 * 1088 * (1920 - left) / 1e6:.2f} MB for each frame to rank 0"
+
+
+def test_the_table_of_the_page_is_the_planner_s():
+    """Run as the page says, and found in it line by line."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "benchmarks/machines.py")],
+        env={**os.environ, "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 8
+    assert done.stdout in (tests.parent / "examples/several_machines.md").read_text()
 
 
 @pytest.mark.parametrize(
