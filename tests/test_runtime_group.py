@@ -202,6 +202,8 @@ def test_command(tmp_path):
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     assert "9 frames" in printed[0][0] and printed[1] == ("", "")
+    peak, predicted = map(float, re.search(r"peak (\S+) MB \(predicted (\S+) MB\)", printed[0][0]).groups())
+    assert peak <= predicted <= 1.1 * peak
     assert np.load(tmp_path / "out.npy").shape == (9, 288, 512, 3)
     ranks = start_ranks(tmp_path, 2, [*command, str(tmp_path / "out.npy"), "-q"])
     (first, said), (second, heard) = ends(ranks)
