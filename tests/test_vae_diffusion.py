@@ -221,7 +221,7 @@ def test_the_published_width_end_to_end():
     """A corner of one latent at 417 M parameters: streamed is whole, in the memory that was planned."""
     decoder = DiffusionDecoder(DiffusionDecoderConfig()).init_random()
     latents = mx.random.normal((1, 128, 1, 7, 7), key=mx.random.key(1))
-    window, backend = Window(None, slice(0, 32), slice(0, 32)), CPU.opened()
+    window, backend = Window(None, slice(0, 4), slice(0, 4)), CPU.opened()
     mx.eval(decoder.parameters(), latents)
     plan = plan_decode(
         decoder, latents.shape, memory_limit="4GB", window=window, backend=backend, chunk=(1, 4)
@@ -232,6 +232,6 @@ def test_the_published_width_end_to_end():
     streamed = joined(decoder.stream(latents, latent_frames_per_step=1, max_chunk_frames=4, **options))
     measured = mx.get_peak_memory() - latents.nbytes + backend.held_workspace_bytes
     assert plan.fits and 0.9 <= measured / plan.peak_bytes <= 1.1
-    assert streamed.shape == (1, 3, 1, 32, 32) and mx.isfinite(streamed).all()
+    assert streamed.shape == (1, 3, 1, 4, 4) and mx.isfinite(streamed).all()
     assert 0.01 < streamed.std().item() < 10
     assert mx.array_equal(joined(decoder.stream(latents, latent_frames_per_step=5, **options)), streamed)
