@@ -49,6 +49,7 @@ _OPTIONS = {
     r"\bslice\((\w+), (\w+), None\)": r"\1:\2",
     r"\bgive a tiling to verify, or frames to compare with\b": "give --tiling to verify, or --against FRAMES",
     r"\bthe memory limit\b": "--memory",
+    r"^ranks\b": "--ranks",
 }
 """What Python's messages call the options of the command."""
 
