@@ -5,8 +5,8 @@
 
 Each place of `break_places.PLACES` is broken in a copy of the repository, and the tests of its module run
 there until one fails. A place whose text is no longer found exactly once, or that becomes no Python, is an
-error: it has to be brought up to date. A survivor is a missing test, dead code, or explained beside its place. What is in the file of
-results is not tried again.
+error: it has to be brought up to date. A survivor is a missing test, dead code, or explained beside its
+place. What is in the file of results is not tried again.
 """
 
 import argparse
