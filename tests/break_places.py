@@ -181,7 +181,7 @@ PLACES = [
     ),
     *places(
         "vae/cpu.py",
-        "vae_decoder vae_parity runtime_plan -k pinned or step1 or predicted",
+        "vae_decoder vae_backends vae_parity -k pinned or upsampling or step1",
         ("        view[:, :first] = view[:, first : first + 1]\n", ""),
         ("x[0] = x[2]", "x[0] = x[1]"),
         ("return itemsize * (made + max(tiled, kept * (kept < made)))", "return itemsize * made"),
