@@ -260,7 +260,7 @@ PLACES = [
     ),
     *places(
         "runtime/resuming/output.py",
-        "runtime_run -k room or killed or older or replaced or resume or kept or ctrl",
+        "runtime_run cli -k room or killed or older or replaced or resume or kept or ctrl or keeps_nothing",
         ("needed += int(np.prod(shape)) * dtype.itemsize", "needed += 0"),
         (
             "if finished or not (unfinished_frames(path) if store is None else any(store.done)):",
@@ -271,7 +271,7 @@ PLACES = [
     ),
     *places(
         "runtime/resuming/store.py",
-        "runtime_journal runtime_run -k reach or damaged or disk or few_bytes",
+        "runtime_journal runtime_run -k reach or damaged or disk or a_few",
         ("        os.fsync(self._file)\n        if self._journal", "        if self._journal"),
         ("view, offset = view[written:], offset + written", "view, offset = view[written:], offset"),
         ("if size < max(self._end(part) for part in range(len(parts))):", "if False:"),
