@@ -241,14 +241,14 @@ PLACES = [
     ),
     *places(
         "runtime/resuming/journal.py",
-        "runtime_run -k resume or two_decodes or older or replaced or damaged",
+        "runtime_run -k killed or meanwhile or resume or two_decodes or older or damaged",
         ("if changed or shape != (plan.frames, *plan.size, 3):", "if shape != (plan.frames, *plan.size, 3):"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         ("return found.st_ino, found.st_size, found.st_mtime_ns", "return (0, 0, 0)"),
     ),
     *places(
         "runtime/resuming/journal_file.py",
-        "runtime_journal cli_messages runtime_fuzz -k reach or nested or journal",
+        "runtime_journal runtime_fuzz",
         ('told.pop("sum", None) != _sum(told)', 'not told.pop("sum", None)'),
         ("except RecursionError:", "except ZeroDivisionError:"),
         ("found.st_size > _MOST_BYTES", "found.st_size < 0"),

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.resuming.journal import Journal
+from mlx_vae_tiling.runtime.resuming.journal_file import read_told, write_told
 from mlx_vae_tiling.runtime.resuming.store import FrameStore
 from mlx_vae_tiling.vae.regions import Region, Span
 
@@ -69,3 +70,19 @@ def test_a_system_that_writes_a_few_bytes_at_a_time(tmp_path, monkeypatch):
             store.append(part, frames[first : first + 4, :, span.width.slice])
     assert (store.read(0, 6) == frames).all() and len(calls) > 100
     store.close()
+
+
+def test_a_journal_that_another_hand_has_changed_is_refused(tmp_path):
+    """However well it reads: with another count of frames, the frames would be of nobody knows what."""
+    write_told(tmp_path, {"done": [4, 2], "shape": [6, 4, 5, 3]})
+    assert read_told(tmp_path) == {"done": [4, 2], "shape": [6, 4, 5, 3]}
+    journal = tmp_path / "journal.json"
+    journal.write_text(journal.read_text().replace("4,", "3,", 1))
+    with pytest.raises(ValueError, match="it is not as it was written"):
+        read_told(tmp_path)
+
+
+def test_a_journal_of_nested_brackets_is_named_so(tmp_path):
+    (tmp_path / "journal.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="its brackets are nested without end"):
+        read_told(tmp_path)
