@@ -1,4 +1,4 @@
-"""Where the processor's time goes in a decode on the CPU: convolutions, what they read, their kernels, the rest.
+"""Where the processor's time goes in a decode on the CPU: convolutions, what they read, kernels, the rest.
 
     OPENBLAS_NUM_THREADS=1 python tests/benchmarks/profile_decode.py --version ltx-2 --latents 5x8x12
 
