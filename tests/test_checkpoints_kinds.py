@@ -12,6 +12,7 @@ from tiny_cases import stored_tensors
 
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
 from mlx_vae_tiling.checkpoints.load import load_decoder
+from mlx_vae_tiling.cli import main
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 
 CONFIG = json.loads(reference_file()[1]["config"])["vae"]
@@ -178,3 +179,36 @@ def test_files_side_by_side_are_told_apart_by_their_kind(tmp_path):
         load_decoder(tmp_path / "vae_decoder.safetensors")
     assert same(load_decoder(tmp_path / "vae_decoder.safetensors", config=original_json("ltx-2.3")), conv)
     assert same(load_decoder(tmp_path / "vae_decoder_av.safetensors"), reference_decoder())
+
+
+def test_a_pruned_decoder_beside_the_whole_one(tmp_path):
+    """Both are convolutional and have the same names: their sizes tell them apart."""
+    whole, pruned = decoder_of("ltx-2.3"), decoder_of("ltx-2.3-pruna")
+    write(tmp_path / "LTX23_video_vae_bf16.safetensors", split(whole), original_json("ltx-2.3"))
+    path = write(tmp_path / "pruna.safetensors", split(pruned), original_json("ltx-2.3-pruna"))
+    message = (
+        "several files .* LTX23_video_vae_bf16.safetensors .*M parameters.*, pruna.safetensors .*M param"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_decoder(tmp_path)
+    assert same(load_decoder(path), pruned)
+    assert describe_checkpoint(path).version == "LTX-2.3 pruned (PrunaVAED)"
+
+
+def test_info_says_what_they_are(tmp_path, capsys):
+    path = in_diffusers_folder(tmp_path)
+    assert main(["info", str(path)]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "LTX-2.5 diffusion",
+        "2 attending to 11x11x11, denoising",
+        "up 2x1x1",
+        "num_inference_steps 1",
+    ):
+        assert part in told
+    assert main(["info", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["stage_kernels"][-1] == [11, 11, 11]
+    path = write(tmp_path / "taeltx2_3.safetensors", stored_tensors("taeltx2_3"))
+    assert main(["info", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "LTX-2 / 2.3 / 2.5 tiny (TAEHV)" in told and "channels that see the frame before" in told

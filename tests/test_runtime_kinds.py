@@ -28,7 +28,10 @@ from mlx_vae_tiling import (
     plan_decode,
 )
 from mlx_vae_tiling.cli import main
+from mlx_vae_tiling.media import video
 from mlx_vae_tiling.vae.backends import CPU
+from mlx_vae_tiling.vae.schedule import Forget
+from mlx_vae_tiling.vae.stream import Stream
 
 pytestmark = pytest.mark.cpu
 
@@ -72,6 +75,29 @@ def test_predicted_peak(config, size, dtype, limit):
     assert backend.held_workspace_bytes == plan.workspace_bytes
 
 
+def test_what_is_kept_is_there_twice_while_it_is_copied(monkeypatch):
+    """Of a decoder that keeps many frames for its last stage, that is more than any chunk takes."""
+    kernels = (*DIFFUSION.stage_kernels[:4], (9, 3, 3))
+    decoder = new_decoder(replace(DIFFUSION, stage_kernels=kernels))
+    latents = mx.random.normal((1, 8, 5, 4, 5))
+    mx.eval(latents, decoder.parameters())
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend=CPU, chunk=(1, 1))
+    peaks, carry_out, before = [], Stream.carry_out, mx.get_active_memory()
+
+    def measured(stream, event):
+        mx.reset_peak_memory()
+        delivered = carry_out(stream, event)
+        if isinstance(event, Forget):
+            peaks.append(mx.get_peak_memory() - before)
+        return delivered
+
+    monkeypatch.setattr(Stream, "carry_out", measured)
+    for frames in decode_frames(decoder, latents, plan=plan):
+        del frames
+    planned = plan.peak_bytes - plan.weight_bytes - plan.workspace_bytes
+    assert max(peaks) == pytest.approx(planned, rel=0.01)
+
+
 @pytest.mark.parametrize("config", [DIFFUSION, TINY])
 def test_the_peak_does_not_grow_with_the_length(config):
     plans = [
@@ -90,9 +116,7 @@ def test_a_long_video_of_full_hd_fits_in_32_gb():
     plan = plan_decode(config, shape, memory_limit="32GB", backend="metal")
     assert plan.fits and len(plan.parts) == 1 and plan.recompute == 1
     assert plan.latents_to_first_frame == 16 and "latent frames" in str(plan)
-    smaller = plan_decode(
-        DiffusionDecoderConfig(), (1, 128, 16, 34, 60), memory_limit="16GB", backend="metal"
-    )
+    smaller = plan_decode(config, shape, memory_limit="8GB", backend="metal")
     assert smaller.fits and len(smaller.parts) > 1 and smaller.recompute > 1
 
 
@@ -142,6 +166,34 @@ def test_a_resumed_file_has_the_same_bytes(tmp_path):
     expected = np.concatenate(list(decode_frames(decoder, latents, noise=noise)))
     assert np.array_equal(np.load(tmp_path / "b.npy"), expected)
     assert not np.array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["of a seed", "as an array"])
+def test_a_decode_that_was_ended_goes_on_with_its_noise(given, tmp_path, monkeypatch):
+    decoder, latents = small_decoder(), mx.random.normal((1, 8, 5, 4, 4), key=mx.random.key(0))
+    array = mx.random.normal((1, 3, 33, 128, 128), key=mx.random.key(1))
+    options = {"noise": array} if given else {"seed": 5}
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, 4))
+    expected = np.concatenate(list(decode_frames(decoder, latents, plan=plan, **options)))
+    path, write_frames, written = tmp_path / "frames.npy", video.VideoWriter.write, []
+
+    def write_some(self, frames):
+        write_frames(self, frames)
+        written.append(len(frames))
+        if sum(written) > 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video.VideoWriter, "write", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            decode_to_file(decoder, latents, path, plan=plan, **options)
+    assert 8 < sum(written) < 33
+    other = {"noise": array + 1} if given else {"seed": 6}
+    with pytest.raises(ValueError, match=r"begun with, but (noise|seed) differs"):
+        decode_to_file(decoder, latents, path, plan=plan, resume=True, **other)
+    report = decode_to_file(decoder, latents, path, plan=plan, resume=True, **options)
+    assert np.array_equal(np.load(path), expected)
+    assert (report.resumed_frames, report.frames) == (sum(written), 33)
 
 
 def test_blended_tiles_share_one_noise():
@@ -194,7 +246,7 @@ def test_the_command_previews(tmp_path, capsys):
     assert "--preview takes a tiny decoder (TAEHV), and demo is none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["ltx-2.5", "ltx-2.5-conv", "taeltx2_3_wide", "ltx-2.3-pruna"])
+@pytest.mark.parametrize("name", ["ltx-2.5", "ltx-2.5-conv", "taeltx_2", "taeltx2_3_wide", "ltx-2.3-pruna"])
 def test_versions_are_planned_by_name(name, capsys):
     assert main(["plan", "--shape", "4x8x12", "--vae", name, "--memory", "8GB"]) == 0
     assert "25 frames of 384x256" in capsys.readouterr().out

@@ -39,7 +39,9 @@ def _slice(text: str) -> slice | None:
 _OPTIONS = {
     r"\bnum_inference_steps\b": "--steps",
     r"\bnoise_scale\b": "--noise-scale",
-    r"^(seed|quality|fps|codec)\b": r"--\1",
+    r"^codec and quality\b": "--codec and --quality",
+    r"^(seed|quality|fps|codec|audio)\b": r"--\1",
+    r"^path must end\b": "--output must end",
     r"\ba (timestep), got": r"a --\1, got",
     r"\bwindow frames\b": "--frames",
     r"\bwindow (height|width)\b": r"\1 in --crop",

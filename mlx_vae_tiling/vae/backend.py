@@ -101,10 +101,13 @@ class Backend(LayerBackend):
     Args:
         name: "cpu", "metal" or "cuda".
         form: Pins a form of convolution; None for the backend's own choice.
+        makes_keys_anew: Whether the last stage of a diffusion decoder holds no keys and values between
+            chunks, but what they are made of: less memory, more work.
     """
 
     name: BackendName
     form: ConvolutionForm | None = None
+    makes_keys_anew: bool = False
 
     @property
     def pieces_ahead(self) -> int:

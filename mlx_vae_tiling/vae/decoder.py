@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
@@ -121,7 +121,9 @@ class VideoDecoder(StreamingDecoder):
         """Height and width in latents that it needs at least: a single row has nothing to reflect."""
         return 2 if self.config.spatial_padding_mode == "reflect" else 1
 
-    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+    def steps(
+        self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
+    ) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
         need = Convolution(CAUSAL if options.causal else CENTRED)
         timestep, activation = None, Activation()

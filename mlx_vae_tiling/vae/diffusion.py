@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
@@ -154,7 +154,9 @@ class DiffusionDecoder(StreamingDecoder):
             given = around
         return dataclasses.replace(drawn, given=given)
 
-    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+    def steps(
+        self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
+    ) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
         config = self.config
         widths = config.stage_channels
@@ -167,8 +169,9 @@ class DiffusionDecoder(StreamingDecoder):
             steps.append(upsample.step(len(steps) - 1))
         context = Read(len(steps) - 1, Appended(config.ghost_latent_frames * config.temporal_scale))
         x_t: int | None = None
+        again = backend is not None and backend.makes_keys_anew
         for number in range(options.inference_steps):
-            steps += self._denoising(len(steps), context, x_t, number, options.inference_steps)
+            steps += self._denoising(len(steps), context, x_t, number, options.inference_steps, again)
             x_t = len(steps) - 1
         unpatched = Upsampling((1, config.patch_size, config.patch_size))
         need = Chained(self._pixel_padding, unpatched)
@@ -177,7 +180,9 @@ class DiffusionDecoder(StreamingDecoder):
         steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
         return steps
 
-    def _denoising(self, first: int, context: Read, x_t: int | None, number: int, count: int) -> list[Step]:
+    def _denoising(
+        self, first: int, context: Read, x_t: int | None, number: int, count: int, again: bool
+    ) -> list[Step]:
         """One pass of the last stage: from patches of noise, or of the pass before, to less noisy ones.
 
         Args:
@@ -185,6 +190,7 @@ class DiffusionDecoder(StreamingDecoder):
             context: How the context is read.
             x_t: Number of the step that makes the patches; None for those of the noise.
             number, count: Which pass of how many this is.
+            again: Whether its keys and values are made anew for every chunk.
         """
         config = self.config
         width, patch = config.stage_channels[-1], config.out_channels * config.patch_size**2
@@ -196,7 +202,7 @@ class DiffusionDecoder(StreamingDecoder):
         ]
         for block, following in zip(self.diff_blocks, [*self.diff_blocks[1:], None], strict=True):
             addend = None if following is None else (context, following.context_proj)
-            steps += block.steps(first + len(steps) - 1, block.modulations(shared), addend)
+            steps += block.steps(first + len(steps) - 1, block.modulations(shared), addend, again)
         last = Read(first + len(steps) - 1, Same())
         if number + 1 == count and config.model_output_type == "x0":
             # The last step ends at what it predicts.

@@ -39,6 +39,7 @@ class Step(NamedTuple):
         channels: Of its output.
         operations: Multiplications and additions per position of its output.
         kernel: Channels in and out, where it is a 3x3x3 convolution, which comes in several forms.
+        repeated: Multiplications and additions per position of its main input, anew for every chunk.
     """
 
     compute: Callable[[Sequence[mx.array], Where], mx.array]
@@ -47,6 +48,7 @@ class Step(NamedTuple):
     channels: int
     operations: int = 0
     kernel: tuple[int, int] | None = None
+    repeated: int = 0
 
 
 class Compute(NamedTuple):

@@ -49,12 +49,15 @@ class SteppedDecoder(WeightedModule):
         """Height and width in latents that it needs at least."""
         return 1
 
-    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+    def steps(
+        self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
+    ) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W').
 
         Args:
             options: Of the decode.
             output_dtype: Of the frames; None for the decoder's own.
+            backend: What will compute them; None where that does not matter.
         """
         raise NotImplementedError
 
@@ -134,10 +137,11 @@ class SteppedDecoder(WeightedModule):
         output_dtype: mx.Dtype | None = None,
     ) -> Stream:
         """A stream that nothing was computed of yet; as `run`."""
-        steps = self.steps(options, output_dtype or latents.dtype)
+        policy = self.policy(backend).opened()
+        steps = self.steps(options, output_dtype or latents.dtype, policy)
         regions = regions_of(steps, pixels or Window().region(*self.output_shape(latents.shape)[2:]))
         noise = self.noise(latents.shape, options, noise)
-        return Stream(steps, regions, latents, self.dtype, self.policy(backend).opened(), noise)
+        return Stream(steps, regions, latents, self.dtype, policy, noise)
 
     def policy(self, backend: Backend | str | None = None) -> Backend:
         """A backend with the form of convolution that is pinned, if one is."""

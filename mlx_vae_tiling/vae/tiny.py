@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vae_tiling.vae.backend import Taken, Where
+from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.needs import Chained, Trimmed
 from mlx_vae_tiling.vae.operations import cut
@@ -104,7 +104,9 @@ class TinyDecoder(StreamingDecoder):
             )
         return DecodeOptions(True, (), 0.0, seed, True)
 
-    def steps(self, options: DecodeOptions, output_dtype: mx.Dtype | None = None) -> list[Step]:
+    def steps(
+        self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
+    ) -> list[Step]:
         """The decoder as steps, from the latents (B, C, F, H, W) to the frames (B, 3, F', H', W')."""
         config = self.config
         steps = [Step(self._prepared, self._prepared_taken, (), config.latent_channels)]

@@ -24,6 +24,7 @@ from mlx_vae_tiling.vae.schedule import Read, Step
 
 EPS = 1e-6
 Inputs = Sequence[mx.array]
+Compute = Callable[[Inputs, Where], mx.array]
 Modulation = tuple[mx.array, mx.array]
 """What a normalised input is multiplied by, less 1, and what is added to it: (C,) each."""
 
@@ -95,36 +96,33 @@ class NABlock(nn.Module):
         producer: int,
         modulations: tuple[Modulation, Modulation] | None = None,
         addend: tuple[Read, nn.Linear] | None = None,
+        recompute: bool = False,
     ) -> list[Step]:
-        """Keys and values, then the block.
+        """Keys and values, then the block; or both as one step, which holds its input in their place.
 
         Args:
             producer: Number of the step that makes its input.
             modulations: Of the attention's and of the MLP's input; None for none.
             addend: What is read and turned into an addend of the block's output; None for nothing.
+            recompute: Whether keys and values are made anew for every chunk.
         """
         first, second = modulations or (None, None)
         c = self._channels
-        attended = Read(producer + 1, Attention(self._kernel))
-        reads = (attended, Read(producer, Same()), *([addend[0]] if addend else []))
+        window = Attention(self._kernel)
+        reads = Read(producer, Same()), *([addend[0]] if addend else [])
         # Also the products that a block of queries computes because its windows differ.
         block = block_for(self._kernel, (8, 16, 16), KEY_COPY_QUERIES)
         attention = 4 * c * math.prod(b + k - 1 for b, k in zip(block, self._kernel, strict=True))
+        operations = 4 * c * c + attention + 6 * c * self._hidden + (2 * c * c if addend else 0)
+        keys = partial(self._keys, modulation=first)
+        mixed = partial(self._block, modulations=(first, second), add=addend and addend[1])
+        if recompute:
+            both = partial(self._both, keys=keys, block=mixed)
+            reads = Read(producer, window), *reads
+            return [Step(both, self._both_taken, reads, c, operations, repeated=4 * c * c)]
         return [
-            Step(
-                partial(self._keys, modulation=first),
-                self._keys_taken,
-                (Read(producer, Same()),),
-                2 * c,
-                4 * c * c,
-            ),
-            Step(
-                partial(self._block, modulations=(first, second), add=addend and addend[1]),
-                self._block_taken,
-                reads,
-                c,
-                4 * c * c + attention + 6 * c * self._hidden + (2 * c * c if addend else 0),
-            ),
+            Step(keys, self._keys_taken, reads[:1], 2 * c, 4 * c * c),
+            Step(mixed, self._block_taken, (Read(producer + 1, window), *reads), c, operations),
         ]
 
     def _keys(self, inputs: Inputs, where: Where, modulation: Modulation | None) -> mx.array:
@@ -201,6 +199,17 @@ class NABlock(nn.Module):
         )
         return Taken(copied + by_frames_bytes(c * size, made, few, max(phases)), kept, workspace)
 
+    def _both(self, inputs: Inputs, where: Where, keys: Compute, block: Compute) -> mx.array:
+        kv = keys(inputs[:1], _of_keys(where))
+        mx.eval(kv)
+        return block([kv, *inputs[1:]], where)
+
+    def _both_taken(self, where: Where) -> Taken:
+        keys, block = self._keys_taken(_of_keys(where)), self._block_taken(where)
+        kept = 2 * self._channels * where.batch * where.inputs[0].volume * where.dtype.size
+        pairs = zip(keys, block._replace(nbytes=kept + block.nbytes), strict=True)
+        return Taken(*(max(pair) for pair in pairs))
+
     def _attention_block(self, where: Where) -> Stride:
         t, h, w = (span.length for span in where.output)
         return block_for(self._kernel, (t, h, w), where.backend.queries_per_key_copy)
@@ -227,6 +236,11 @@ class DiffusionNABlock(NABlock):
         """Those of a timestep, of which `shared` (7, C) is what all blocks have in common."""
         scale1, shift1, _, scale2, shift2, _, _ = shared + self.scale_shift_table
         return (scale1, shift1), (scale2, shift2)
+
+
+def _of_keys(where: Where) -> Where:
+    """Where a step that makes keys and values by itself makes them."""
+    return where._replace(inputs=where.inputs[:1], output=where.inputs[0])
 
 
 def modulated(x: mx.array, modulation: Modulation | None) -> mx.array:

@@ -81,12 +81,14 @@ class Trace(NamedTuple):
         computing: Before a chunk is computed: its index in `chunks`, then the frames of every step.
         copying: While frames that stay are copied out of those that go.
         between: Between two pieces of the output.
+        read: Frames of its main input that each step reads, all chunks together.
     """
 
     chunks: Sequence[Chunk]
     computing: Counts
     copying: Counts
     between: Counts
+    read: Counts
 
 
 class CostModel:
@@ -113,7 +115,7 @@ class CostModel:
         self.decoder, self.latent_shape, self.dtype, self.backend = decoder, latent_shape, dtype, backend
         self.options = options or decoder.options()
         self.output_dtype = output_dtype or dtype
-        self.steps = decoder.steps(self.options, self.output_dtype)
+        self.steps = decoder.steps(self.options, self.output_dtype, backend)
         scale, size = frames_per_latent(self.steps)[-1], 2**20
         middle = Span(size // 2, size // 2 + 1, scale * (size - 1) + 1)
         self._lag = spans_of(self.steps, 0, middle)[0].length
@@ -125,11 +127,37 @@ class CostModel:
     def weight_bytes(self) -> int:
         return self.decoder.config.parameters * self.dtype.size
 
-    def operations(self, part: Part) -> int:
-        """Multiplications and additions of all steps."""
-        regions = self._regions(part.inside)
-        pairs = zip(self.steps, regions, strict=True)
-        return self.latent_shape[0] * sum(step.operations * region.volume for step, region in pairs)
+    def operations(self, part: Part, step: int | None = None, cap: int | None = None) -> int:
+        """Multiplications and additions of all steps.
+
+        Args:
+            part: What is decoded.
+            step, cap: As `cost`, on which depends how often a step makes anew what an earlier chunk has had;
+                None where all of it is one chunk.
+        """
+        pairs = list(zip(self.steps, self._regions(part.inside), strict=True))
+        operations = sum(one.operations * region.volume for one, region in pairs)
+        if any(one.repeated for one in self.steps):
+            frames = None if step is None else self._read(part.inside, step, cap)
+            for number, (one, region) in enumerate(pairs):
+                if one.repeated:
+                    given = one.reads[0].need.before(region)
+                    read = given.time.length if frames is None else frames[number]
+                    operations += one.repeated * read * given.area
+        return self.latent_shape[0] * operations
+
+    def _read(self, pixels: Region, step: int, cap: int | None) -> list[int]:
+        """Frames of its main input that each step reads in all its chunks together."""
+        shortened, period = self._shortened(pixels, step).time, step * frames_per_latent(self.steps)[-1]
+
+        def read(surplus: int) -> Counts:
+            time = shortened._replace(stop=shortened.stop + surplus, size=shortened.size + surplus)
+            return self._trace(tuple(self._along(0, time)), step, cap).read
+
+        once, left_out = read(0), pixels.time.stop - shortened.stop
+        # What is left out repeats itself with every step.
+        frames = once + (read(period) - once) * (left_out // period) if left_out else once
+        return [int(n) for n in frames]
 
     def latents_before(self, pixels: Region) -> Region:
         """The latents that a region of the output depends on."""
@@ -207,6 +235,7 @@ class CostModel:
         """Runs a schedule with numbers of frames in place of frames."""
         count = len(self.steps)
         held, start = [0] * count, [span.start for span in times]
+        read = np.zeros(count, np.int64)
         numbers: dict[tuple[int, ...], int] = {}
         chunks: list[Chunk] = []
         computing: set[tuple[int, ...]] = set()
@@ -226,12 +255,13 @@ class CostModel:
                 between.add(tuple(held))
                 continue
             output = times[number]._replace(start=event.start, stop=event.stop)
-            seen = (need.along(0, output).length for _, need in self.steps[number].reads)
+            seen = [need.along(0, output).length for _, need in self.steps[number].reads]
+            read[number] += seen[0] if seen else 0
             kind = (number, output.length, *seen)
             if kind not in numbers:
                 numbers[kind] = len(chunks)
                 chunks.append(Chunk(*event))
             computing.add((numbers[kind], *held))
             held[number] += output.length
-        rows = (np.array(list(found), np.int64) for found in (computing, copying, between))
-        return Trace(chunks, *rows)
+        told = [np.array(list(found), np.int64) for found in (computing, copying, between)]
+        return Trace(chunks, told[0], told[1], told[2], read)

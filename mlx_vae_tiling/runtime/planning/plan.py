@@ -130,6 +130,8 @@ class DecodePlan:
         step = f"{self.latent_frames_per_step} latent frames"
         if self.max_chunk_frames:
             step += f", at most {self.max_chunk_frames} frames in a layer"
+        if self.backend.makes_keys_anew:
+            step += ", keys and values of the last stage made anew for each"
         kind = "exact"
         if isinstance(self.tiling, TilingConfig):
             kind = "blended tiles"

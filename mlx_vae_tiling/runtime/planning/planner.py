@@ -12,7 +12,7 @@ from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.runtime.planning.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.planning.forms import fewest_windows, in_blocks, tuned_backend
+from mlx_vae_tiling.runtime.planning.forms import fewest_windows, in_blocks, least_work, tuned_backend
 from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
 from mlx_vae_tiling.runtime.planning.memory import memory_budget
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
@@ -69,13 +69,9 @@ def plan_decode(
     """
     if not isinstance(decoder, StreamingDecoder):
         decoder, dtype = build_decoder(decoder), dtype or mx.bfloat16
-    channels = decoder.config.latent_channels
     require("dtype", dtype, "a dtype, its name or None", str, mx.Dtype, None)
     _require_kinds(latent_shape, window, parts, chunk)
-    if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
-        raise ValueError(
-            f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
-        )
+    _require_shape(latent_shape, decoder.config.latent_channels)
     dtype = parse_dtype(dtype or decoder.dtype)
     options = decoder.options(causal=causal, num_inference_steps=num_inference_steps)
     model = CostModel(decoder, tuple(latent_shape), dtype, decoder.policy(backend), options)
@@ -90,23 +86,35 @@ def plan_decode(
         model = CostModel(decoder, tuple(latent_shape), dtype, model.backend, options, mx.float32)
         return _plan_blended(model, wanted, tiling, budget)
     halo = _halo(tiling)
-    backends = [model.backend]
-    if not isinstance(backend, Backend):
-        everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-        tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
-        backends = list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
 
     def planned(backend: Backend) -> DecodePlan:
         model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
         return _plan_exact(model, wanted, budget, halo, parts, chunk)
 
-    return fewest_windows(planned, backends)
+    if isinstance(backend, Backend):
+        return planned(model.backend)
+    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
+    tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
+    best = fewest_windows(
+        planned, list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
+    )
+    anew = replace(best.backend, makes_keys_anew=True)
+    if any(step.repeated for step in decoder.steps(options, backend=anew)):
+        best = least_work(best, lambda: planned(anew))
+    return best
 
 
 def _halo(tiling: int | None) -> int | None:
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
     return None if tiling is None else int(tiling)
+
+
+def _require_shape(latent_shape: tuple[int, ...], channels: int) -> None:
+    if len(latent_shape) != 5 or latent_shape[1] != channels or min(latent_shape) < 1:
+        raise ValueError(
+            f"latent_shape must be (B, {channels}, F, H, W) without empty axes, got {latent_shape}"
+        )
 
 
 def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object) -> None:
@@ -201,7 +209,7 @@ def _assemble(
     largest: Cost,
     limited_by: str,
 ) -> DecodePlan:
-    operations = sum(model.operations(part) for part in parts)
+    operations = sum(model.operations(part, step, cap) for part in parts)
     at_once = model.operations(Part(wanted, _whole(model, list(model.latent_shape[2:])).latents))
     first = wanted.over(wanted.time.start, wanted.time.start + 1)
     return DecodePlan(

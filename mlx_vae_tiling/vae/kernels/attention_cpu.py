@@ -1,7 +1,8 @@
 """Neighbourhood attention on the CPU: NumPy's BLAS on MLX's buffers, in tiles of fixed shape.
 
 As in `products_cpu`, a query has the same place among the same queries and keys in every chunk and window:
-a tile is part of one frame, lies where it does in the video, and keys that are not there are zeros.
+a tile lies where it does in the video, keys that are not there are zeros, and the keys of a frame stand where
+its number among all frames says. So those of a tile are copied once, of however many frames it has queries.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -40,10 +41,9 @@ class Strip(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries of a frame that share their keys."""
+    """Queries of a part of all frames, of which those of one frame share their keys."""
 
     entry: int
-    frame: int
     rows: Strip
     columns: Strip
 
@@ -90,12 +90,12 @@ def attention_numpy(
 
 
 def _shapes(kernel: Stride, queries: Region, heads: int, channels: int) -> list[Shape]:
-    """Queries, keys, values, scores and results of the largest tile."""
+    """Queries, keys and values of the largest tile, and the scores and results of one head."""
     strips = _strips(kernel, queries)
     count = math.prod(max(strip.last - strip.first for strip in axis) for axis in strips)
     frames = min(kernel[0], queries.time.size)
     seen = frames * math.prod(max(strip.last_key - strip.first_key for strip in axis) for axis in strips)
-    sizes = count * channels, seen * channels, seen * channels, heads * count * seen, count * channels
+    sizes = count * channels, seen * channels, seen * channels, count * seen, count * channels // heads
     return [(size,) for size in sizes]
 
 
@@ -110,8 +110,7 @@ def _strips(kernel: Stride, queries: Region) -> list[list[Strip]]:
 def _tiles(batch: int, kernel: Stride, queries: Region) -> Iterator[Tile]:
     rows, columns = _strips(kernel, queries)
     for entry in range(batch):
-        for frame in range(queries.time.start, queries.time.stop):
-            yield from (Tile(entry, frame, band, strip) for band in rows for strip in columns)
+        yield from (Tile(entry, band, strip) for band in rows for strip in columns)
 
 
 @lru_cache(maxsize=4096)
@@ -133,46 +132,60 @@ def _attend(
     keys: Region,
     scratch: Sequence[np.ndarray],
 ) -> None:
-    """One tile; q and out (T, H, W, heads, D), kv (T', H', W', 2, heads, D)."""
+    """One tile, frame by frame; q and out (T, H, W, heads, D), kv (T', H', W', 2, heads, D)."""
+    heads, width = q.shape[-2:]
     frames = min(kernel[0], keys.time.size)
-    first = window_start(tile.frame, frames, keys.time.size) - keys.time.start
-    time = tile.frame - queries.time.start
-    spans = [(strip.first, strip.last) for strip in tile[2:]]
-    own, there = _part(spans, queries[1:])
-    block = _laid(q[time][own], scratch[0], spans, there)
-    spans = [(strip.first_key, strip.last_key) for strip in tile[2:]]
-    held, place = _part(spans, keys[1:])
-    # Keys and values apart, so that each is one matrix with heads side by side.
-    during: tuple[slice, ...] = (slice(first, first + frames), *held)
-    k, v = (_laid(kv[during][..., i, :, :], scratch[1 + i], spans, place) for i in range(2))
-    block_q, block_k, block_v = (a.reshape(-1, *a.shape[-2:]).transpose(1, 0, 2) for a in (block, k, v))
-    heads, count, width = block_q.shape
-    seen = block_k.shape[1]
-    scores = np.matmul(block_q, block_k.transpose(0, 2, 1), out=_first(scratch[3], (heads, count, seen)))
-    sizes = (last - start for start, last in spans)
-    by_frame = scores.reshape(heads, count, frames, -1)
-    by_frame += _unseen(tile.rows.starts, tile.columns.starts, *sizes)[:, None]
+    asked, seen = (
+        [(getattr(strip, first), getattr(strip, last)) for strip in tile[1:]]
+        for first, last in (("first", "last"), ("first_key", "last_key"))
+    )
+    (own, there), (held, place) = _part(asked, queries[1:]), _part(seen, keys[1:])
+    sides, key_sides = ([last - first for first, last in spans] for spans in (asked, seen))
+    block = _first(scratch[0], (heads, *sides, width))
+    both = [_first(buffer, (heads, frames, *key_sides, width)) for buffer in scratch[1:3]]
+    flat_q, flat_k, flat_v = (a.reshape(heads, -1, width) for a in (block, *both))
+    unseen = _unseen(tile.rows.starts, tile.columns.starts, *key_sides)
+    laid = 0
+    for frame in range(queries.time.start, queries.time.stop):
+        first = window_start(frame, frames, keys.time.size)
+        for number in range(max(first, laid), first + frames):
+            source = kv[number - keys.time.start][held]
+            for i, target in enumerate(both):
+                _lay(source[..., i, :, :], target[:, number % frames], place)
+        laid = first + frames
+        time = frame - queries.time.start
+        _lay(q[time][own], block, there)
+        for head in range(heads):
+            made = _attended(flat_q[head], flat_k[head], flat_v[head], unseen, frames, scratch[3:])
+            out[time][own][..., head, :] = made.reshape(*sides, width)[there]
+
+
+def _attended(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    unseen: np.ndarray,
+    frames: int,
+    scratch: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Attention of one head: q (queries, D), k and v (keys, D), and `unseen` for the keys of each frame."""
+    scores = np.matmul(q, k.T, out=_first(scratch[0], (len(q), len(k))))
+    by_frame = scores.reshape(len(q), frames, -1)
+    by_frame += unseen[:, None]
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    attended = np.matmul(scores, block_v, out=_first(scratch[4], (heads, count, width)))
-    attended /= scores.sum(axis=-1, keepdims=True)
-    block_q[...] = attended
-    out[time][own] = block[there]
+    made = np.matmul(scores, v, out=_first(scratch[1], q.shape))
+    made /= scores.sum(axis=-1, keepdims=True)
+    return made
 
 
-def _laid(
-    source: np.ndarray, buffer: np.ndarray, spans: Sequence[tuple[int, int]], place: tuple[slice, ...]
-) -> np.ndarray:
-    """What there is of a tile (..., H, W, heads, D) at its place among zeros, in float32."""
-    target = _first(
-        buffer, (*source.shape[:-4], *(last - start for start, last in spans), *source.shape[-2:])
-    )
-    index: tuple[Any, ...] = (..., *place, slice(None), slice(None))
-    part = target[index]
+def _lay(source: np.ndarray, target: np.ndarray, place: tuple[slice, ...]) -> None:
+    """Copies what there is of a tile (H, W, heads, D) to its place among zeros (heads, H, W, D)."""
+    rows, columns = place
+    part = target[:, rows, columns]
     if part.size < target.size:
         target[...] = 0
-    copy_numbers(source, part)
-    return target
+    copy_numbers(source.transpose(2, 0, 1, 3), part)
 
 
 def _first(buffer: np.ndarray, shape: Shape) -> np.ndarray:
