@@ -90,6 +90,16 @@ def test_each_within_its_memory():
     assert division.unevenness <= 0.1
 
 
+def test_a_rank_with_memory_for_a_window_and_none_for_a_share():
+    """One latent's window fits, and of so small ones there would have to be too many."""
+    model = model_of(FULL_HD)
+    latent = wanted(model, Window(height=slice(544, 576), width=slice(960, 992)))
+    needed = model.weight_bytes + model.cost(part_around(model, latent, None), 1, 1).total
+    division = divide(model, wanted(model), [needed, PLENTY])
+    assert_covers_once(division, wanted(model))
+    assert set(division.owners) == {1}
+
+
 def test_nothing_fits():
     model = model_of(FULL_HD)
     with pytest.raises(ValueError, match="no window fits in the memory of any rank, of which the largest"):
