@@ -12,6 +12,7 @@ results is not tried again.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,16 @@ def noticed_by(place: Place, folder: Path) -> str | None:
     path.write_text(whole.replace(place.old, place.new))
     # The package of the copy is found first, whatever is installed.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *place.tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(place.tests),
+    ]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST_SECONDS

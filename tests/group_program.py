@@ -1,7 +1,7 @@
 """What each rank of the tests runs: a small decode, as the JSON arguments say."""
 
+import itertools
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import mlx_vae_tiling
 from mlx_vae_tiling import VideoDecoder, Window, decode_frames, decode_to_file, plan_decode
+from mlx_vae_tiling.runtime import job
 from mlx_vae_tiling.runtime.planning.cost import CostModel
 from mlx_vae_tiling.runtime.ranks.shares import divide
 from mlx_vae_tiling.vae.blocks import ResBlocks
@@ -43,13 +45,26 @@ def plan_alone(decoder, latents, ranks, **planning):
     return plan_decode(decoder, latents.shape, parts=parts, **planning)
 
 
+def fail_after(pieces):
+    """From then on, nothing that this rank computes can be used."""
+    finish = job.finish
+    counts = itertools.count()
+
+    def failing(piece, kind):
+        frames, faults = finish(piece, kind)
+        return frames, [(0, "not finite")] if next(counts) >= pieces else faults
+
+    job.finish = failing
+
+
 def main():
     settings = {}
     for text in sys.argv[1:]:
         settings |= json.loads(text)
-    if "cores" in settings:
-        rank = int(os.environ.get("MLX_RANK", "0"))
-        os.sched_setaffinity(0, {settings["cores"][rank % len(settings["cores"])]})
+    if "version" in settings:
+        mlx_vae_tiling.__version__ = settings["version"]
+    if "fails_after" in settings:
+        fail_after(settings["fails_after"])
     decoder, latents = decoder_of(settings), latents_of(settings)
     options = {
         "memory_limit": settings.get("memory", "2GB"),

@@ -18,6 +18,7 @@ from diffusion_cases import original_tensors, reference_file
 from safetensors import SafetensorError, safe_open
 
 from mlx_vae_tiling import cli
+from mlx_vae_tiling.checkpoints import load
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.checkpoints.describe import describe_checkpoint
 from mlx_vae_tiling.checkpoints.load import load_decoder
@@ -266,6 +267,22 @@ def test_values_that_another_dtype_cannot_hold(tmp_path):
     ):
         load_decoder(path, dtype="float16")
     load_decoder(path, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("left", ["nothing", "half of it"])
+def test_a_file_that_becomes_shorter_while_it_is_read(left, tmp_path, monkeypatch):
+    path = write(tmp_path / "vae.safetensors", split(decoder_of("ltx-2")), original_json("ltx-2"))
+    entry = read_local_header(path).tensors[NAME]
+    end = {"nothing": entry.start, "half of it": (entry.start + entry.stop) // 2}[left]
+    build = load.build_decoder
+
+    def meanwhile(*given):
+        os.truncate(path, end)
+        return build(*given)
+
+    monkeypatch.setattr(load, "build_decoder", meanwhile)
+    with pytest.raises(ValueError, match=rf"{path} became shorter while .* was read; copy or download it"):
+        load_decoder(path)
 
 
 def fifo(path):

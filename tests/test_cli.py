@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import wave
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from mlx_vae_tiling import cli, decode_frames, load_decoder, load_latents
+from mlx_vae_tiling import TilingConfig, cli, decode_frames, load_decoder, load_latents
 from mlx_vae_tiling.checkpoints.locate import DEMO
+from mlx_vae_tiling.cli.options import PRESETS
 from mlx_vae_tiling.media import video
 from mlx_vae_tiling.vae.published import PUBLISHED
 
@@ -78,6 +80,19 @@ def test_window_options_cut_the_whole(shot):
 def test_tiling_kinds(shot, tiling):
     assert decode("-o", "shot.npy", "-q", "--tiling", tiling) == 0
     assert np.load("shot.npy").shape == (9, 96, 128, 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_the_tiles_of_its_name(preset, capsys):
+    shape = (17, 34, 60)
+    size = [8 * (shape[0] - 1) + 1, 32 * shape[1], 32 * shape[2]]
+    arguments = ["--shape", "x".join(map(str, shape)), "--vae", "ltx-2", "--memory", "1TB", "--json"]
+    assert run("plan", *arguments, "--tiling", preset) == 0
+    found = json.loads(capsys.readouterr().out)["tiling"]
+    expected = TilingConfig.auto(*size[1:], size[0]) if preset == "auto" else getattr(TilingConfig, preset)()
+    assert found == asdict(expected)
+    assert run("plan", *arguments, "--tiling", "none") == 0
+    assert json.loads(capsys.readouterr().out)["tiling"] is None
 
 
 def test_json_of_every_command(shot, capsys):

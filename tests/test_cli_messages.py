@@ -44,6 +44,15 @@ def told(capsys):
         (["--frames", "8:"], None),
         (["--crop", "0:999,:"], "height in --crop must be A:B inside 0:96 and not empty, got 0:999"),
         (["--crop", ":,5:5"], "width in --crop must be A:B inside 0:128 and not empty, got 5:5"),
+        (["--audio", "a.wav"], "--audio is for .mp4 and .mov, leave it out for x.npy: 'a.wav'"),
+        (
+            ["--codec", "hevc"],
+            "--codec and --quality are for H.264 and HEVC, leave them out for x.npy: 'hevc', None",
+        ),
+        (
+            ["-o", "x.gif"],
+            "--output must end in .mp4, .mov, .npy, %05d.png or / (PNG in a directory), got x.gif",
+        ),
         (
             ["--tiling", "default", "--frames", "0:3"],
             "blended tiles decode all of the output; crop its frames, without a window (--frames, --crop)",

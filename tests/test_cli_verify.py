@@ -90,7 +90,7 @@ BAD = {
 def test_bad_input_gives_one_line(shot, name, capsys):
     np.save("small.npy", np.zeros((33, 48, 64, 3), np.uint8))
     arguments, reason = BAD[name]
-    assert verify("-q", *arguments) == 2
+    assert verify(*arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and reason in err, err
 

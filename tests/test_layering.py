@@ -1,6 +1,7 @@
 """Imports point one way: to a lower layer, or within the same sub-package."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,27 @@ def test_import_loads_nothing_optional():
     code = f"import sys, {PACKAGE}.public; print(*sorted(set(sys.modules) & set({FORBIDDEN!r})))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+def imported(source):
+    """The first names of all absolute imports, and whether each is at the top of its module."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        yield from ((name.partition(".")[0], node in tree.body) for name in names)
+
+
+def test_what_is_imported_is_declared():
+    """Of what an extra brings nothing is imported with the package."""
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    required, rest = re.search(r"^dependencies = \[(.*?)^\](.*)", text, re.M | re.S).groups()
+    extras = re.search(r"^\[project.optional-dependencies\](.*?)^test = ", rest, re.M | re.S)[1]
+    always, sometimes = (set(re.findall(r'"(\w+)', part)) for part in (required, extras))
+    assert {"mlx", "numpy", "tqdm"} <= always and sometimes == {"av", "matplotlib"}
+    ours = {PACKAGE, *sys.stdlib_module_names}
+    for path in MODULES:
+        for name, at_the_top in imported(path.read_text()):
+            allowed = always if at_the_top else always | sometimes
+            assert name in ours | allowed, (path, name)

@@ -85,6 +85,31 @@ def test_the_old_output_lies_there_until_the_new_one_is_complete(tmp_path, name)
 
 
 @every_name
+def test_a_name_is_given_to_what_is_on_the_disk(tmp_path, name, monkeypatch):
+    """After a loss of power, too: a file is flushed as it is complete, then renamed, then its folder is."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def flushed(file):
+        found = os.fstat(file)
+        events.append(("flush", found.st_ino, found.st_size))
+        fsync(file)
+
+    def renamed(source, target):
+        found = os.stat(source)
+        assert ("flush", found.st_ino, found.st_size) in events, (source, target)
+        events.append(("rename", os.stat(os.path.dirname(target)).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(f"{tmp_path}/{name}", noise(3))
+    assert read(f"{tmp_path}/{name}").shape[0] == 3
+    renames = [event for event in events if event[0] == "rename"]
+    assert len(renames) == (1 if name.startswith("a.") else 3)
+    assert events[-1][:2] == ("flush", renames[-1][1])
+
+
+@every_name
 def test_an_unfinished_output_is_refused_continued_or_begun_again(tmp_path, name):
     path = f"{tmp_path}/{name}"
     with pytest.raises(KeyboardInterrupt), open_video(path) as video:

@@ -6,19 +6,21 @@ import shutil
 import subprocess
 import sys
 import time
+import wave
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from disk_use import watched
 
 from mlx_vae_tiling.media import movie, npy
 from mlx_vae_tiling.media.video import open_video, unfinished_frames
 
 av = pytest.importorskip("av")
 
-KILLS = 8
-"""Of each case of the slow test."""
+KILLS = int(os.environ.get("KILLS", 3))
+"""Of each case of the slow test; those of whole decodes are in test_runtime_resume."""
 
 FPS = Fraction(24000, 1001)
 VIDEOS = {
@@ -292,6 +294,19 @@ def test_what_a_continued_file_keeps_lies_there_until_it_is_overtaken(tmp_path):
     assert (files[0], files[-1]) == (2, 1)
 
 
+@pytest.mark.parametrize(("old", "new"), [(130, 131), (130, 300)])
+@pytest.mark.parametrize(("name", "codec"), [VIDEOS["h264"], VIDEOS["prores"]])
+def test_the_disk_never_holds_more_than_twice_a_continued_video(tmp_path, name, codec, old, new, monkeypatch):
+    killed(tmp_path / name, codec, old)
+    with monkeypatch.context() as patch:
+        taken = watched(tmp_path, patch)
+        with open_video(tmp_path / name, resume=True, **options(name, codec)) as video:
+            for first in range(video.frames_kept, new, 5):
+                video.write(picture(range(first, min(first + 5, new))))
+    assert os.listdir(tmp_path) == [name]
+    assert len(taken) > 50 and max(taken) <= 2 * os.path.getsize(tmp_path / name)
+
+
 def test_the_disk_has_the_frames_before_the_header_counts_them(tmp_path, monkeypatch):
     flushed = []
 
@@ -347,6 +362,35 @@ def test_nothing_but_the_end_was_missing(tmp_path, name, codec):
         assert video.frames_kept == 30
     check(tmp_path / name, 30)
     assert unfinished_frames(tmp_path / name) is None
+
+
+@every_video
+def test_a_closed_video_that_lacks_nothing_is_only_renamed(tmp_path, name, codec):
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / name, **options(name, codec)) as video:
+        video.write(picture(range(30)))
+        raise KeyboardInterrupt
+    closed = (tmp_path / f"a.partial{os.path.splitext(name)[1]}").stat()
+    with open_video(tmp_path / name, resume=True, **options(name, codec)):
+        pass
+    assert (tmp_path / name).stat().st_ino == closed.st_ino
+    check(tmp_path / name, 30)
+
+
+@pytest.mark.parametrize("with_sound", [False, True])
+def test_a_closed_video_gets_the_sound_that_it_is_continued_with(tmp_path, with_sound):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"\0\1" * 8000)
+    sound = {"audio": tmp_path / "sound.wav", "clip_seconds": 1.0}
+    before, after = ({}, sound) if with_sound else (sound, {})
+    with pytest.raises(KeyboardInterrupt), open_video(tmp_path / "a.mp4", fps=24, **before) as video:
+        video.write(picture(range(24)))
+        raise KeyboardInterrupt
+    with open_video(tmp_path / "a.mp4", fps=24, resume=True, **after) as video:
+        assert video.frames_kept == 24
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert len(container.streams.audio) == with_sound
+    check(tmp_path / "a.mp4", 24, fps=Fraction(24))
 
 
 @every_output

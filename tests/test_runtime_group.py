@@ -14,7 +14,6 @@ from vae_cases import random_latents, small_decoder
 
 from mlx_vae_tiling import plan_decode
 from mlx_vae_tiling.runtime.job import Job
-from mlx_vae_tiling.runtime.ranks import group
 from mlx_vae_tiling.runtime.resuming.output import finished_share, kept_frames
 from mlx_vae_tiling.vae.backends import METAL
 
@@ -48,6 +47,7 @@ DISAGREEMENTS = {
     "weights": ({"weights": 2}, "rank 1 in weights"),
     "dtype": ({"dtype": "bfloat16"}, r"latent dtype \(mlx.core.bfloat16, not mlx.core.float32\)"),
     "window": ({"window": "part"}, "rank 1 in output"),
+    "version": ({"version": "0.9"}, r"rank 1 in mlx_vae_tiling's version \(0.9, not "),
     "not finite": ({"bad": True}, r"latents must be finite, got NaN or infinity in the latent frames \[1\]"),
 }
 
@@ -79,6 +79,31 @@ def test_file_and_window(window, tmp_path):
     run_ranks(tmp_path, 2, settings | {"output": str(tmp_path / "ranks.npy")})
     run_alone(settings, windows_of=2, output=str(tmp_path / "alone.npy"))
     assert (tmp_path / "ranks.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
+
+
+def test_frames_of_16_bits(tmp_path):
+    settings = settings_of(WIDE, frames=True, bits=16)
+    run_ranks(tmp_path, 2, settings | {"output": str(tmp_path / "ranks.npy")})
+    run_alone(settings, windows_of=2, output=str(tmp_path / "alone.npy"))
+    assert (tmp_path / "ranks.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
+    frames = np.load(tmp_path / "ranks.npy")
+    assert frames.dtype == np.uint16 and len(np.unique(frames)) > 1000
+
+
+def test_a_rank_that_fails_on_its_way_ends_all_and_the_rest_is_kept(tmp_path):
+    settings = settings_of(**LONGER["bands"], output=str(tmp_path / "out.npy"), resume=True)
+    own = [json.dumps(more) for more in ({}, {"fails_after": 4}, {})]
+    ranks = start_ranks(tmp_path, 3, [str(PROGRAM), json.dumps(settings)], [[one] for one in own])
+    for rank, (status, errors) in enumerate(ends(ranks)):
+        told = "ArithmeticError: " if rank == 1 else "RankError: rank 1: "
+        assert status == 1 and re.search(told + r"decoding failed twice: frame \d+ is not fin", errors), (
+            errors
+        )
+    _, share = kept_frames(tmp_path / "out.npy")
+    assert 0 < share < 1
+    run_alone(settings, windows_of=1)
+    run_alone(settings, windows_of=3, output=str(tmp_path / "alone.npy"))
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
 
 
 def await_frames(path, ranks):
@@ -124,6 +149,8 @@ def kill_and_resume(kind, victim, moment, resumed_by, tmp_path):
     assert_told(ended, found, seconds, victim)
     _, share = kept_frames(tmp_path / "out.npy")
     assert 0 < share < 1
+    # Bands advance together, and no disk holds the video twice; what comes before its turn is kept apart.
+    assert (tmp_path / "out.npy.partial" / "frames").exists() == (kind == "ranges")
     if resumed_by == 1:
         run_alone(settings, windows_of=1)
     else:
@@ -157,12 +184,15 @@ def test_a_rank_that_stops_is_lost(tmp_path):
     await_frames(tmp_path / "out.npy", ranks)
     ranks[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    for rank in (0, 2):
-        _, errors = ranks[rank].communicate(timeout=60)
-        assert "rank 1 was lost" in errors
-    assert time.monotonic() - began < 30
-    ranks[1].kill()
-    ranks[1].communicate()
+    try:
+        for rank in (0, 2):
+            _, errors = ranks[rank].communicate(timeout=60)
+            assert "rank 1 was lost" in errors
+        assert time.monotonic() - began < 30
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_command(tmp_path):
@@ -172,6 +202,8 @@ def test_command(tmp_path):
     printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     assert "9 frames" in printed[0][0] and printed[1] == ("", "")
+    peak, predicted = map(float, re.search(r"peak (\S+) MB \(predicted (\S+) MB\)", printed[0][0]).groups())
+    assert peak <= predicted <= 1.1 * peak
     assert np.load(tmp_path / "out.npy").shape == (9, 288, 512, 3)
     ranks = start_ranks(tmp_path, 2, [*command, str(tmp_path / "out.npy"), "-q"])
     (first, said), (second, heard) = ends(ranks)
@@ -186,5 +218,5 @@ def test_a_rank_computes_in_the_forms_that_it_is_told():
     own, told = replace(METAL, form="folded"), replace(METAL, form="gemm")
     plan = plan_decode(decoder, latents.shape, memory_limit="1GB", backend=own)
     job = Job.prepare(decoder, latents, decoder.options(), "uint8", plan)
-    shared = group._sharing(job, plan.parts, told.arithmetic)
+    shared = job.planned_anew(plan.parts, told.arithmetic)
     assert (job.plan.backend, shared.plan.backend, shared.backend) == (own, told, told)

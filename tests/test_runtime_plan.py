@@ -346,6 +346,20 @@ def test_predicted_peak_whatever_the_dtype_of_the_latents(dtype, given):
     assert plan.peak_bytes == pytest.approx(measured_peak(decoder, latents, plan), rel=0.05)
 
 
+@pytest.mark.parametrize(("halo", "dtype"), [(0, mx.float32), (4, mx.bfloat16)])
+def test_a_budget_that_barely_fits_is_kept(halo, dtype):
+    """To what MLX rounds up: a few MB in several windows, and the smallest of all."""
+    decoder = VideoDecoder(small_decoder("ltx-2.3").config).init_random()
+    decoder.set_dtype(dtype)
+    latents = random_latents(decoder, 1, 2, 12, 2).astype(dtype)
+    whole = plan_decode(decoder, latents.shape, memory_limit="1GB", chunk=(1, 1)).peak_bytes
+    smallest = plan_decode(decoder, latents.shape, memory_limit=1000, tiling=halo).peak_bytes
+    for limit in (smallest, (smallest + whole) // 2):
+        plan = plan_decode(decoder, latents.shape, memory_limit=limit, tiling=halo)
+        assert plan.fits and len(plan.parts) > 1
+        assert measured_peak(decoder, latents, plan) <= 1.01 * limit
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 def test_predicted_peak(case):

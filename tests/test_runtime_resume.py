@@ -17,7 +17,7 @@ from mlx_vae_tiling.media.video import first_file
 from mlx_vae_tiling.runtime.resuming.output import kept_frames, store_folder
 
 KILLS = int(os.environ.get("KILLS", 3))
-"""Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes half an hour."""
+"""Of each case; `KILLS=30 pytest tests/test_runtime_resume.py` takes ten minutes."""
 
 FRAMES = 153
 
@@ -105,18 +105,22 @@ def assert_shows(path, expected):
     assert ((shown @ wanted.T).argmax(axis=1) == np.arange(len(expected))).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("suffix", "limit", "windows"),
-    [(suffix, limit, windows) for suffix in SUFFIXES for limit, windows in ((2_000_000, 1), (1_800_000, 2))],
-)
-def test_kill_and_resume(suffix, limit, windows, tmp_path):
-    draw, kills, inside, decodes = random.Random(windows), 0, 0, 0
-    whole = tmp_path / "expected.npy"
+@pytest.fixture(scope="module", params=[(2_000_000, 1), (1_800_000, 2)], ids=["window", "windows"])
+def uninterrupted(request, tmp_path_factory):
+    """A budget and its number of windows, the whole decode, and within how many seconds to kill another."""
+    path = tmp_path_factory.mktemp("whole") / "expected.npy"
     # A third of what the machine takes: of any decode, however fast, most kills fall inside.
-    seconds = seconds_of_writing(start(whole, limit, windows), whole) / 3
+    seconds = seconds_of_writing(start(path, *request.param), path) / 3
+    assert np.load(path).shape[0] == FRAMES and np.load(path).std() > 10
+    return *request.param, path, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_kill_and_resume(suffix, uninterrupted, tmp_path):
+    limit, windows, whole, seconds = uninterrupted
     expected = np.load(whole)
-    assert expected.shape[0] == FRAMES and expected.std() > 10
+    draw, kills, inside, decodes = random.Random(windows), 0, 0, 0
     while kills < KILLS or inside <= KILLS / 2:
         assert kills + decodes < 9 * KILLS, "hardly any kill fell between the first and the last frame"
         path = tmp_path / (f"{decodes}_%05d.png" if suffix == "png" else f"{decodes}.{suffix}")

@@ -25,8 +25,8 @@ def drain(latents):
         del piece
 
 
-def latents(frames, dtype=mx.float32):
-    array = mx.random.normal((1, 4, frames, 3, 3)).astype(dtype)
+def latents(frames, dtype=mx.float32, side=3):
+    array = mx.random.normal((1, 4, frames, side, side)).astype(dtype)
     mx.eval(array)
     return array
 
@@ -96,3 +96,20 @@ def test_peak_of_a_decoder_that_joins_pieces_and_takes_nothing_else():
     peak = measure(lambda: mx.eval(joined(array))).peak_bytes
     assert peak == pytest.approx(2 * frames * frame_bytes, rel=0.05)
     assert peak <= predicted * 1.05
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_peak_of_many_small_tiles_is_that_of_what_is_finished(dtype):
+    """A tile is little beside its group, which in half precision is there once more while it is rounded."""
+    config, array = (
+        TilingConfig(SpatialTilingConfig(64, 0), TemporalTilingConfig(32, 0)),
+        latents(9, dtype, 8),
+    )
+    tiles = plan_tiles(array.shape, config, 32, 8)
+    predicted = blending_bytes(tiles, 3, dtype.size, lambda f, h, w: 0, 0)
+
+    def run():
+        for piece in iter_decode_with_tiling(upscale, array, config):
+            del piece
+
+    assert measure(run).peak_bytes == pytest.approx(predicted, rel=0.03)

@@ -119,16 +119,16 @@ def test_bytes_of_a_frame_do_not_depend_on_its_company(form, cut):
             assert np.array_equal(alone[0], whole[t])
 
 
-def test_bytes_do_not_depend_on_workers_and_keeping(cut):
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_do_not_depend_on_workers(form, cut):
     workspace = Workspace()
     for shape in SHAPES:
         x, weight, bias, residual = operands(shape)
-        expected = run("winograd", shape, Rows(list(x)), weight, bias, residual=residual)
+        expected = run(form, shape, Rows(list(x)), weight, bias, residual=residual)
         for workers in (1, 2, 3):
-            for kept in (None, winograd_kernel.transform(weight)):
-                options = {"workers": workers, "transformed": kept, "workspace": workspace}
-                y = run("winograd", shape, Rows(list(x)), weight, bias, residual=residual, **options)
-                assert np.array_equal(y, expected), (shape, options)
+            options = {"workers": workers, "workspace": workspace}
+            y = run(form, shape, Rows(list(x)), weight, bias, residual=residual, **options)
+            assert np.array_equal(y, expected), (shape, workers)
 
 
 def test_a_worker_raises():
@@ -156,15 +156,14 @@ def test_workspace_is_as_stated(form, activated, cut):
         assert workspace.nbytes <= peak <= workspace.nbytes + 2**17  # NumPy's own buffers
 
 
-def test_workspace_of_workers_and_kept_kernels():
+@pytest.mark.parametrize("form", FORMS)
+def test_workspace_of_workers(form):
     shape = (4, 60, 64, 20, 12)
     x, weight, bias, _ = operands(shape)
-    for workers, kept in ((2, None), (3, winograd_kernel.transform(weight))):
+    for workers in (2, 3):
         workspace = Workspace()
-        options = {"workers": workers, "transformed": kept, "workspace": workspace}
-        run("winograd", shape, Rows(list(x)), weight, bias, **options)
-        stated = winograd.workspace_bytes(*shape, workers=workers, transformed=kept is not None)
-        assert workspace.nbytes == stated
+        run(form, shape, Rows(list(x)), weight, bias, workers=workers, workspace=workspace)
+        assert workspace.nbytes == workspace_bytes(form, *shape, workers=workers)
 
 
 @pytest.mark.parametrize("channels", [128, 256, 512, 1024])

@@ -10,7 +10,17 @@ from vae_cases import VERSIONS, random_latents, small_decoder
 from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.regions import Attention, Convolution, Region, Same, Span, Upsampling, Window
-from mlx_vae_tiling.vae.schedule import Compute, Deliver, Forget, Pace, regions_of, schedule
+from mlx_vae_tiling.vae.schedule import (
+    Compute,
+    Deliver,
+    Forget,
+    Pace,
+    Read,
+    Step,
+    regions_of,
+    schedule,
+    spans_of,
+)
 
 CASES_PER_VERSION = 44
 
@@ -174,3 +184,12 @@ def test_regions_join_what_all_readers_need():
             seen = need.before(regions[number])
             for held, needed in zip(regions[producer], seen, strict=True):
                 assert held.joined(needed) == held
+
+
+def test_what_two_readers_need_is_joined_where_neither_needs_all():
+    def step(*reads):
+        return Step(pytest.fail, pytest.fail, tuple(Read(*read) for read in reads), 1)
+
+    steps = [step(), step((0, Convolution((3, 0)))), step((1, Same()), (0, Convolution((0, 4))))]
+    time, size = Span(10, 12, 40), 40
+    assert spans_of(steps, 0, time) == [Span(7, 16, size), time, time]

@@ -39,7 +39,9 @@ def _slice(text: str) -> slice | None:
 _OPTIONS = {
     r"\bnum_inference_steps\b": "--steps",
     r"\bnoise_scale\b": "--noise-scale",
-    r"^(seed|quality|fps|codec)\b": r"--\1",
+    r"^codec and quality\b": "--codec and --quality",
+    r"^(seed|quality|fps|codec|audio)\b": r"--\1",
+    r"^path must end\b": "--output must end",
     r"\ba (timestep), got": r"a --\1, got",
     r"\bwindow frames\b": "--frames",
     r"\bwindow (height|width)\b": r"\1 in --crop",
@@ -47,6 +49,7 @@ _OPTIONS = {
     r"\bslice\((\w+), (\w+), None\)": r"\1:\2",
     r"\bgive a tiling to verify, or frames to compare with\b": "give --tiling to verify, or --against FRAMES",
     r"\bthe memory limit\b": "--memory",
+    r"^ranks\b": "--ranks",
 }
 """What Python's messages call the options of the command."""
 

@@ -16,6 +16,7 @@ from mlx_vae_tiling.media.latents import SavedLatents, read_latents
 from mlx_vae_tiling.runtime.planning.forms import expected_seconds
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.planning.planner import plan_decode
+from mlx_vae_tiling.runtime.ranks.simulation import require_divisible, simulate
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.config import Config
@@ -34,6 +35,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declares the arguments of this command alone."""
     command.add_argument("latents", nargs="?", metavar="LATENTS", help='saved latents, or "demo"')
     command.add_argument("--shape", metavar="FxHxW", help="size in latents, in their place")
+    command.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="also how N machines like this one would share it: counted only",
+    )
     add_planning(command)
 
 
@@ -49,13 +56,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a plan is for LATENTS or for --shape FxHxW, give one of them")
     shape = (1, config.latent_channels, *size) if size else read_given_latents(args, config).latents.shape
     plan = plan_for(args, config, shape, parse_dtype(args.dtype or stored))
-    seconds = expected_seconds(build_decoder(config), plan)
-    print_result(args, plan_text(plan, seconds), {**plan_fields(plan), "seconds": seconds})
+    decoder = build_decoder(config)
+    seconds = expected_seconds(decoder, plan)
+    text, fields = plan_text(plan, seconds), {**plan_fields(plan), "seconds": seconds}
+    if args.ranks is not None:
+        require_divisible(plan, args.ranks)
     try:
-        plan.require_fit()
+        if args.ranks is not None:
+            divided = simulate(decoder, plan, args.ranks)
+            text, fields = f"{text}\n\n{divided}", {**fields, "divided": divided.fields}
+        else:
+            plan.require_fit()
     except ValueError as error:
+        print_result(args, text, fields)
         print_error(str(error))
         return 1
+    print_result(args, text, fields)
     return 0
 
 

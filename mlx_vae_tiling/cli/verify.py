@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     latents = latents_for(args, decoder).latents
     from tqdm import tqdm
 
-    with tqdm(unit=" frame", desc="verify", disable=args.quiet, file=sys.stderr) as bar:
+    # With a delay, nothing is shown before the first frame: what is wrong is one line.
+    with tqdm(unit=" frame", desc="verify", disable=args.quiet, file=sys.stderr, delay=0.1) as bar:
         result = verify_decode(
             decoder,
             latents,

@@ -36,6 +36,7 @@ class Kept:
         bits: Bits of a component.
         rate: Frames per second; None of a single frame.
         parameters: Parameter sets of the codec, as the file has them.
+        closed: Whether it is a file that was closed, of pictures alone: it lacks nothing but frames.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Kept:
     bits: int
     rate: Fraction | None
     parameters: bytes
+    closed: bool
 
     def fits(self, encoding: Encoding) -> bool:
         """Whether what this encoding gives can follow in the same file."""
@@ -78,7 +80,7 @@ def read_kept(path: str) -> Kept | None:
     """
     import av
 
-    end = _end_of_whole_boxes(path)
+    end, closed = _end_of_whole_boxes(path)
     if not end:
         return None
     os.truncate(path, end)
@@ -100,6 +102,7 @@ def read_kept(path: str) -> Kept | None:
                 context.format.components[0].bits,
                 _rate(path),
                 context.extradata or b"",
+                closed and frames == count and not container.streams.audio,
             )
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(
@@ -152,9 +155,9 @@ def _with_start_codes(data: bytes) -> bytes:
     return b"".join(b"\x00\x00\x00\x01" + unit for unit in units)
 
 
-def _end_of_whole_boxes(path: str) -> int:
-    """Where the last whole fragment ends, or a file that was closed; 0 before the first."""
-    size, at, end, described = os.path.getsize(path), 0, 0, False
+def _end_of_whole_boxes(path: str) -> tuple[int, bool]:
+    """Where the last whole fragment ends, 0 before the first, or a file that was closed; which of the two."""
+    size, at, end, described, closed = os.path.getsize(path), 0, 0, False, False
     with open(path, "rb") as file:
         while at + 8 <= size:
             file.seek(at)
@@ -166,8 +169,9 @@ def _end_of_whole_boxes(path: str) -> int:
                 break
             at += length
             if kind == b"moov" and not described:
-                described = True
-                end = at if end else 0
+                # That of a closed file lies behind its packets.
+                described, closed = True, end > 0
+                end = at if closed else 0
             elif kind == b"mdat":
                 end = at
-    return end if described else 0
+    return (end, closed) if described else (0, False)

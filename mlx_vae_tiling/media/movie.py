@@ -174,10 +174,10 @@ def _save(beside: str, target: str, movie: Movie, kept: Kept | None, batches: It
     first = next(batches, None)
     if first is not None:
         encoding = _encoding_for(movie, first)
-    elif kept is not None:
+    elif kept is not None and not (kept.closed and movie.sound is None):
         encoding = _encoding_of(kept, movie)
     else:
-        return
+        return  # nothing is missing, or there is nothing
     begun = kept.frames if kept else 0
     file = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)
     with (

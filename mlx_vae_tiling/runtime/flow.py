@@ -13,8 +13,9 @@ from mlx_vae_tiling.runtime.frames import Frames
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.planning.memory import format_bytes
 from mlx_vae_tiling.runtime.ranks.group import Team
+from mlx_vae_tiling.runtime.ranks.waiting import FrameBands
 from mlx_vae_tiling.runtime.resuming.output import DecodeOutput
-from mlx_vae_tiling.runtime.resuming.store import FrameBands, FrameStore
+from mlx_vae_tiling.runtime.resuming.store import FrameStore
 
 
 def frames_of(

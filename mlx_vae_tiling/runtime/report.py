@@ -20,7 +20,7 @@ class DecodeReport:
         decoding_seconds: Of these, what decoding took.
         expected_seconds: What this was expected to be for the frames that were decoded now, at the rates
             that were measured on this machine; None where they were not.
-        peak_bytes: Measured peak of the memory for arrays, as the plan counts it.
+        peak_bytes: Measured peak of the memory for arrays, as the plan counts it, without frames that wait.
         footprint_bytes: The most physical memory that the process ever held, by the system's count.
         plan: The plan that was run, which holds the prediction.
     """
@@ -37,10 +37,11 @@ class DecodeReport:
 
     def __str__(self) -> str:
         resumed = f" ({self.resumed_frames} of them from before)" if self.resumed_frames else ""
+        predicted = self.plan.peak_bytes - self.plan.waiting_bytes
         return (
             f"{self.path}: {self.frames} frames{resumed} in {self.seconds:.1f} s, "
             f"{(self.frames - self.resumed_frames) / max(self.seconds, 1e-9):.1f} frames/s, "
-            f"peak {format_bytes(self.peak_bytes)} (predicted {format_bytes(self.plan.peak_bytes)}), "
+            f"peak {format_bytes(self.peak_bytes)} (predicted {format_bytes(predicted)}), "
             f"process {format_bytes(self.footprint_bytes)}{self._beside_the_expected()}"
         )
 

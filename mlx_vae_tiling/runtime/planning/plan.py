@@ -38,6 +38,7 @@ class DecodePlan:
         recompute: Operations over those of the whole decode: 1.0 means that none is repeated.
         limited_by: What keeps the chunks from being larger, or "nothing".
         latents_to_first_frame: Latent frames that the first frame depends on.
+        waiting_bytes: Of the peak, outside MLX, frames of several machines that wait to be put together.
         fits: Whether the prediction is within the budget.
     """
 
@@ -61,6 +62,7 @@ class DecodePlan:
     recompute: float
     limited_by: str
     latents_to_first_frame: int
+    waiting_bytes: int = 0
 
     @property
     def frames(self) -> int:
@@ -79,8 +81,8 @@ class DecodePlan:
 
     @property
     def lasting_bytes(self) -> int:
-        """What hardly depends on the size of chunks: weights, state and workspace."""
-        return self.weight_bytes + self.state_bytes + self.workspace_bytes
+        """What hardly depends on the size of chunks: weights, state, workspace and what waits."""
+        return self.weight_bytes + self.state_bytes + self.workspace_bytes + self.waiting_bytes
 
     @property
     def chunk_bytes(self) -> int:
@@ -143,7 +145,8 @@ class DecodePlan:
             "peak": f"{format_bytes(self.peak_bytes)} of {format_bytes(self.memory_limit)}: "
             f"weights {format_bytes(self.weight_bytes)}, state {format_bytes(self.state_bytes)}, "
             f"chunk {format_bytes(self.chunk_bytes)}"
-            + (f", outside MLX {format_bytes(self.workspace_bytes)}" if self.workspace_bytes else ""),
+            + (f", outside MLX {format_bytes(self.workspace_bytes)}" if self.workspace_bytes else "")
+            + (f", frames that wait {format_bytes(self.waiting_bytes)}" if self.waiting_bytes else ""),
             "work": f"{self.operations / 1e12:.3g} TFLOP, {self.recompute:.2f}x the whole decode",
             "first": f"frame after {self.latents_to_first_frame} of {self.latent_shape[2]} latent frames",
             "runs in": f"{self.dtype} on {self.backend.name}",

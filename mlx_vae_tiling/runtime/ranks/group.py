@@ -1,10 +1,10 @@
 """A decode by several ranks: what they agree on, who sends what, and how far each may be ahead.
 
 Rank 0 compares what everyone is about to decode, divides the work and takes the frames; the others send
-theirs. A rank computes one piece beyond what rank 0 has room for and then waits with it, so that nobody's
-memory grows with the video. The windows and rank 0's forms of convolution decide the bytes of a frame, and
-not who computes them: a decode of the same windows by one process, or by another number of ranks, gives the
-same. A decode of the whole frame gives the same to rounding.
+theirs. A rank computes one piece beyond what rank 0 has room for and waits with what has none, so that
+nobody's memory grows with the video. The windows and rank 0's forms of convolution decide the bytes of a
+frame, and not who computes them: a decode of the same windows by one process, or by another number of ranks,
+gives the same. A decode of the whole frame gives the same to rounding.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ import numpy as np
 from mlx_vae_tiling.runtime.assembly import Piece, Store
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
-from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.ranks.crew import Crew, RankError
-from mlx_vae_tiling.runtime.ranks.shares import Division, assign, divide, division_of
+from mlx_vae_tiling.runtime.ranks.division import Division, division_of, halo_of
+from mlx_vae_tiling.runtime.ranks.shares import assign, divide
+from mlx_vae_tiling.runtime.ranks.waiting import Room, ranges_of, room_for
 from mlx_vae_tiling.runtime.ranks.wire import Message
 from mlx_vae_tiling.runtime.resuming.journal import read_part
-from mlx_vae_tiling.tiling import TilingConfig
 
 Fingerprint = dict[str, str]
-
-LEAD_PIECES = 2
-"""How many pieces of rank 0's size a rank may be ahead of what was put together."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +35,55 @@ class Team:
 
     Args:
         crew: The ranks.
-        job: Its plan's parts are those of all ranks.
+        job: Its plan's parts are those of all ranks, its memory is that of this one.
+        own: Of this rank's parts alone; None if it has none.
         division: Whose part is which.
         budgets: The memory of each rank in bytes.
+        room: For the frames that wait here.
     """
 
     crew: Crew
     job: Job
+    own: Job | None
     division: Division
     budgets: list[int]
+    room: Room
+
+    @classmethod
+    def planned(cls, crew: Crew, job: Job, division: Division, budgets: list[int], room: Room) -> Team:
+        """The team of a division, of which this rank's share is planned in the memory that is left for it."""
+        own, plan = (
+            None,
+            replace(job.plan, peak_bytes=job.plan.weight_bytes, state_bytes=0, workspace_bytes=0),
+        )
+        waiting, operations = room.nbytes(ranges_of(division.parts)), sum(division.operations)
+        if division.of(0):
+            parts = tuple(division.parts[number] for number in division.of(0))
+            less = replace(job, plan=replace(job.plan, memory_limit=budgets[0] - waiting))
+            own = less.planned_anew(parts, job.plan.backend.arithmetic)
+            plan = own.plan
+        plan = replace(
+            plan,
+            parts=division.parts,
+            memory_limit=budgets[0],
+            peak_bytes=plan.peak_bytes + waiting,
+            waiting_bytes=waiting,
+            operations=operations,
+            recompute=operations * job.plan.recompute / job.plan.operations,
+        )
+        return cls(crew, replace(job, plan=plan), own, division, budgets, room)
 
     def taken_up(self, parts: tuple[Part, ...], done: list[int], arithmetic: dict[str, Any]) -> Team:
         """The same for parts and forms of an earlier run, of which so many frames are finished."""
+        if (parts, arithmetic) == (self.division.parts, self.job.plan.backend.arithmetic):
+            return self
         backend = self.job.plan.backend.computing_as(arithmetic)
         job, division = replace(self.job, plan=replace(self.job.plan, backend=backend)), self.division
         if parts != division.parts:
             model = _model(job)
-            division = division_of(model, parts, assign(model, parts, done, self.budgets), self.crew.size)
-        return replace(self, job=_of_all(job, division), division=division)
+            left = [self.budgets[0] - self.room.nbytes(ranges_of(parts)), *self.budgets[1:]]
+            division = division_of(model, parts, assign(model, parts, done, left), self.crew.size)
+        return self.planned(self.crew, job, division, self.budgets, self.room)
 
     def stored(self, parts: tuple[Part, ...]) -> bool:
         """Whether these parts do not advance together."""
@@ -87,22 +115,22 @@ class Team:
         self.crew.tell_all("finished")
 
     def _own(self, store: Store) -> Iterator[Piece]:
-        numbers = self.division.of(0)
-        if numbers:
-            parts = tuple(self.division.parts[number] for number in numbers)
-            job = _sharing(self.job, parts, self.job.plan.backend.arithmetic)
-            for number in numbers:
-                for frames in job.decode(self.division.parts[number], store.done[number]):
+        if self.own is not None:
+            self.own.plan.require_fit()
+            for number in self.division.of(0):
+                for frames in self.own.decode(self.division.parts[number], store.done[number]):
                     yield number, frames
 
     def _may_compute(self, left: list[int], store: Store) -> bool:
         own = [number for number in left if self.division.owners[number] == 0]
-        return bool(own) and store.done[own[0]] < self._until(own[0], store)
+        if not own or not store.bounded:
+            return bool(own)
+        # As far as the others may have come, and then a piece, which each of them has computed as well.
+        return store.done[own[0]] <= store.complete + self.room.frames
 
     def _until(self, number: int, store: Store) -> int:
         """The frame of a part from which on nothing is taken yet."""
-        lead = LEAD_PIECES * self.job.plan.latent_frames_per_step * self.job.decoder.config.temporal_scale
-        return lead + (store.complete if store.bounded else store.done[number])
+        return self.room.frames + (store.complete if store.bounded else store.done[number])
 
     def _hand_out(self, rank: int, store: Store) -> None:
         numbers = self.division.of(rank)
@@ -127,11 +155,12 @@ def lead(crew: Crew, job: Job, fingerprint: Fingerprint) -> Team:
     """Rank 0: waits for everyone and divides the work.
 
     Raises:
-        ValueError: If a rank is about to decode something else, or no window fits.
+        ValueError: If a rank is about to decode something else, or no window or too few frames fit.
     """
-    budgets = _gathered(crew, job, fingerprint)
-    division = divide(_model(job), job.plan.output, budgets, _halo(job.plan))
-    return Team(crew, _of_all(job, division), division, budgets)
+    budgets, model = _gathered(crew, job, fingerprint), _model(job)
+    room = room_for(model, job.plan.output, job.dtype.itemsize, budgets[0])
+    division = divide(model, job.plan.output, budgets, halo_of(job.plan.tiling), room)
+    return Team.planned(crew, job, division, budgets, room)
 
 
 def serve(crew: Crew, job: Job, fingerprint: Fingerprint) -> int:
@@ -148,32 +177,22 @@ def serve(crew: Crew, job: Job, fingerprint: Fingerprint) -> int:
     parts, sent = tuple(read_part(part) for part in share["parts"]), 0
     until = dict(zip(share["numbers"], share["until"], strict=True))
     if parts:
-        job = _sharing(job, parts, share["arithmetic"])
+        job = job.planned_anew(parts, share["arithmetic"])
+        job.plan.require_fit()
     for number, part, done in zip(share["numbers"], parts, share["done"], strict=True):
         for frames in job.decode(part, done):
-            while done >= until[number]:
-                message = crew.hear()
-                if message is None or message.kind == "bye":
-                    return sent  # whoever takes the frames wants no more
-                until[message.fields["part"]] = message.fields["frame"]
-            crew.tell(0, "frames", {"part": number, "shape": frames.shape}, np.ascontiguousarray(frames))
-            done, sent = done + len(frames), sent + len(frames)
+            while len(frames):
+                while done >= until[number]:
+                    message = crew.hear()
+                    if message is None or message.kind == "bye":
+                        return sent  # whoever takes the frames wants no more
+                    until[message.fields["part"]] = message.fields["frame"]
+                now, frames = frames[: until[number] - done], frames[until[number] - done :]
+                crew.tell(0, "frames", {"part": number, "shape": now.shape}, np.ascontiguousarray(now))
+                done, sent = done + len(now), sent + len(now)
     while (message := crew.hear()) is not None and message.kind not in ("finished", "bye"):
         pass
     return sent
-
-
-def _sharing(job: Job, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
-    """The job of one rank's parts, computed in rank 0's forms."""
-    job = job.planned_anew(parts, arithmetic)
-    job.plan.require_fit()
-    return job
-
-
-def require_exact(tiling: TilingConfig | int | None) -> None:
-    """Raises a `ValueError` for blended tiles, which one machine decodes."""
-    if isinstance(tiling, TilingConfig):
-        raise ValueError("blended tiles are decoded by one machine; several take windows: tiling=None")
 
 
 def _gathered(crew: Crew, job: Job, fingerprint: Fingerprint) -> list[int]:
@@ -222,23 +241,6 @@ def _unpacked(message: Message, dtype: np.dtype[Any]) -> Piece:
 def _model(job: Job) -> CostModel:
     plan = job.plan
     return CostModel(job.decoder, plan.latent_shape, job.decoder.dtype, plan.backend, job.options)
-
-
-def _halo(plan: DecodePlan) -> int | None:
-    require_exact(plan.tiling)
-    return plan.tiling if isinstance(plan.tiling, int) else None
-
-
-def _of_all(job: Job, division: Division) -> Job:
-    """The job with the parts of all ranks, of which its own plan's memory is that of this rank alone."""
-    operations = sum(division.operations)
-    plan = replace(
-        job.plan,
-        parts=division.parts,
-        operations=operations,
-        recompute=operations * job.plan.recompute / job.plan.operations,
-    )
-    return replace(job, plan=plan)
 
 
 def _length(part: Part) -> int:

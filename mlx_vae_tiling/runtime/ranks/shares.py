@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
@@ -23,6 +22,8 @@ import numpy as np
 
 from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.runtime.planning.grids import choose_parts, fits, part_around
+from mlx_vae_tiling.runtime.ranks.division import Division, division_of
+from mlx_vae_tiling.runtime.ranks.waiting import Room
 from mlx_vae_tiling.vae.regions import Region
 from mlx_vae_tiling.vae.schedule import regions_of
 
@@ -42,52 +43,13 @@ ROUNDS, HALVINGS = 6, 18
 """Bounds of the search: boxes for ranks that need several windows; the work of a box."""
 
 
-@dataclass(frozen=True)
-class Division:
-    """The parts of a decode, and the ranks that decode them.
-
-    Attributes:
-        parts: All of them; together they are the output.
-        owners: Of each part, the rank that decodes it.
-        operations: Of each rank, the multiplications and additions of all its parts.
-    """
-
-    parts: tuple[Part, ...]
-    owners: tuple[int, ...]
-    operations: tuple[int, ...]
-
-    @property
-    def together(self) -> bool:
-        """Whether all frames are complete at the same time: each rank has one window of all of them."""
-        times = {part.pixels.time for part in self.parts}
-        return len(times) == 1 and len(set(self.owners)) == len(self.owners)
-
-    @property
-    def most(self) -> int:
-        """Operations of the rank that has most."""
-        return max(self.operations)
-
-    @property
-    def unevenness(self) -> float:
-        """The most work of a rank over the mean of those that have any, less one."""
-        busy = [count for count in self.operations if count]
-        return max(busy) * len(busy) / sum(busy) - 1
-
-    def of(self, rank: int) -> list[int]:
-        """The numbers of a rank's parts."""
-        return [number for number, owner in enumerate(self.owners) if owner == rank]
-
-    def __str__(self) -> str:
-        """A line for each rank."""
-        total, lines = sum(self.operations), []
-        for rank, operations in enumerate(self.operations):
-            boxes = [_box_text(self.parts[number].pixels) for number in self.of(rank)]
-            share = f"{operations / 1e12:.3g} TFLOP, {operations / total:.0%}: " if boxes else ""
-            lines.append(f"rank {rank}   {share}{'; '.join(boxes) or 'no work'}")
-        return "\n".join(lines)
-
-
-def divide(model: CostModel, wanted: Region, budgets: Sequence[int], halo: int | None = None) -> Division:
+def divide(
+    model: CostModel,
+    wanted: Region,
+    budgets: Sequence[int],
+    halo: int | None = None,
+    room: Room | None = None,
+) -> Division:
     """Divides a decode over ranks.
 
     Args:
@@ -95,19 +57,23 @@ def divide(model: CostModel, wanted: Region, budgets: Sequence[int], halo: int |
         wanted: The region of the output.
         budgets: The memory of each rank in bytes.
         halo: As `plan_decode`'s `tiling`: how many latents windows see around them; None for all.
+        room: What of rank 0's memory is for frames that wait; None for nothing.
 
     Raises:
         ValueError: If no rank has the memory for any window.
     """
     work = _Work(model, wanted, halo)
-    able = [work.has_window(budget) for budget in budgets]
-    # Cut along two axes, boxes cannot be of different sizes.
-    grids = [grid for grid in _grids(len(budgets)) if all(able) or max(grid) == len(budgets)]
     best, price = None, math.inf
-    for grid in sorted(grids, key=work.estimate):
+    for grid in sorted(_grids(len(budgets)), key=work.estimate):
         if best is not None and work.estimate(grid) >= price:
             break
-        found = _divided(work, grid, budgets, able)
+        waiting = room.nbytes(grid[0]) if room is not None else 0
+        left = [budgets[0] - waiting, *budgets[1:]]
+        able = [work.has_window(budget) for budget in left]
+        # Cut along two axes, boxes cannot be of different sizes.
+        if left[0] < 0 or not (all(able) or max(grid) == len(budgets)):
+            continue
+        found = _divided(work, grid, left, able)
         if found is not None and (cost := found.most * (1 if found.together else KEPT)) < price:
             best, price = found, cost
     if best is None:
@@ -147,14 +113,6 @@ def assign(
         owners[number] = min(able, key=lambda rank: busy[rank])
         busy[owners[number]] += left[number]
     return tuple(owners)
-
-
-def division_of(model: CostModel, parts: Sequence[Part], owners: Sequence[int], ranks: int) -> Division:
-    """The division of these parts to these owners, counted."""
-    operations = [0] * ranks
-    for part, owner in zip(parts, owners, strict=True):
-        operations[owner] += model.operations(part)
-    return Division(tuple(parts), tuple(owners), tuple(operations))
 
 
 class _Work:
@@ -273,12 +231,3 @@ def _divided(work: _Work, grid: Grid, budgets: Sequence[int], able: Sequence[boo
                 once = work.model.operations(part_around(work.model, box, work.halo))
                 weights[rank] = once / found.operations[rank]
     return best
-
-
-def _box_text(box: Region) -> str:
-    whole = [
-        f"{name} {span.start}:{span.stop}"
-        for name, span in zip(("frames", "rows", "columns"), box, strict=True)
-        if span.length < span.size
-    ]
-    return ", ".join(whole) or "everything"

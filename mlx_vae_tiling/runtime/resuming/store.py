@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -95,48 +94,6 @@ class FrameStore:
 
     def close(self) -> None:
         os.close(self._file)
-
-
-class FrameBands:
-    """Frames in memory, of parts that advance together: only those of which a part is still missing.
-
-    Args:
-        parts: Each of all frames.
-        shape: (F, H, W, 3).
-        dtype: uint8 or uint16.
-        start: Frames that an earlier run has put together.
-    """
-
-    bounded = True
-
-    def __init__(self, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype[Any], start: int = 0):
-        self.parts, self.done = parts, [start] * len(parts)
-        self._shape, self._dtype, self._first = shape, dtype, start
-        self._corner = tuple(min(part.pixels[axis].start for part in parts) for axis in range(3))
-        self._held: deque[Frames] = deque()
-
-    @property
-    def complete(self) -> int:
-        """Frames of the output that are finished, from its first one on."""
-        return min(self.done)
-
-    def append(self, part: int, frames: Frames) -> None:
-        """Adds finished frames (f, h, w, 3) of a part."""
-        rows, columns = (
-            slice(span.start - corner, span.stop - corner)
-            for span, corner in zip(self.parts[part].pixels[1:], self._corner[1:], strict=True)
-        )
-        for index, frame in enumerate(frames, self.done[part] - self._first):
-            if index == len(self._held):
-                self._held.append(np.empty(self._shape[1:], self._dtype))
-            self._held[index][rows, columns] = frame
-        self.done[part] += len(frames)
-
-    def read(self, start: int, stop: int) -> Frames:
-        """Frames start to stop - 1, which all parts have finished, and which are then gone."""
-        frames = [self._held.popleft() for _ in range(self._first, stop)]
-        self._first = stop
-        return np.stack(frames[len(frames) - (stop - start) :])
 
 
 def _write_all(file: int, data: Any, offset: int) -> None:

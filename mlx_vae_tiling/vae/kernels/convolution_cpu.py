@@ -7,6 +7,8 @@ frames, so that a frame's bytes do not depend on its company.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -16,9 +18,15 @@ from mlx_vae_tiling.vae.blocks import PaddingMode
 from mlx_vae_tiling.vae.kernels import winograd
 from mlx_vae_tiling.vae.kernels.rows import Activation, Rows, row_buffers
 from mlx_vae_tiling.vae.kernels.winograd_kernel import TILE_HEIGHT, TILE_WIDTH
+from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 
 CpuForm = Literal["columns", "shifts", "winograd"]
+Job = tuple[int, int]
+"""A frame, and its first row of those that are computed at once."""
+
+Multiply = Callable[[Sequence[Job], Sequence[np.ndarray]], None]
+"""Does jobs, with the buffers of one worker."""
 
 CACHED_FLOATS = 2**16
 """Numbers that a block of shifted products touches: past a core's cache it is far slower."""
@@ -48,8 +56,8 @@ def workspace_bytes(
     """Bytes that `convolve_rows` takes outside MLX for (frames, height, width) outputs."""
     if form == "winograd":
         return winograd.workspace_bytes(frames, height, width, in_channels, out_channels, workers=workers)
-    shapes = _columns_shapes if form == "columns" else _shifts_shapes
-    return bytes_of(*shapes(height, width, in_channels, out_channels))
+    common, own = _shapes(form, height, width, in_channels, out_channels)
+    return bytes_of(*common, *own * min(workers, len(_jobs(frames, height, own))))
 
 
 def convolve_rows(
@@ -60,7 +68,6 @@ def convolve_rows(
     *,
     form: CpuForm | None = None,
     residual: np.ndarray | None = None,
-    transformed: np.ndarray | None = None,
     workspace: Workspace | None = None,
     workers: int = 1,
 ) -> None:
@@ -73,7 +80,6 @@ def convolve_rows(
         out: (T, H, W, O), contiguous: the result.
         form: How to compute; by default what `choose_form` says.
         residual: (T, H, W, O), added to the result.
-        transformed: What `winograd_kernel.transform` made of `weight`, for that form.
         workspace: Where to compute; by default a new one.
         workers: Threads that compute; more than one is for a BLAS with one thread.
     """
@@ -84,14 +90,15 @@ def convolve_rows(
         winograd.convolve(
             *(rows, weight, bias, out),
             residual=residual,
-            transformed=transformed,
             workspace=workspace,
             workers=workers,
         )
         return
-    multiply = _multiply_columns if form == "columns" else _multiply_shifts
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-        multiply(rows, weight, bias, out, workspace)
+    common, own = _shapes(form, height, width, weight.shape[-1], outputs)
+    jobs = _jobs(len(out), height, own)
+    shared, buffers = workspace.share_out(min(workers, len(jobs)), own, common)
+    multiply = _columns if form == "columns" else _shifts
+    share(multiply(rows, weight, bias, out, *shared), jobs, buffers)
     if residual is not None:
         out += residual
 
@@ -108,7 +115,6 @@ def convolve_numpy(
     modulation: tuple[mx.array, mx.array] | None = None,
     residual: mx.array | None = None,
     form: CpuForm | None = None,
-    transformed: np.ndarray | None = None,
     workspace: Workspace | None = None,
     workers: int = 1,
 ) -> mx.array:
@@ -128,7 +134,6 @@ def convolve_numpy(
         modulation: (shift, scale), each (B, 1, 1, 1, C) or (1, 1, 1, 1, C).
         residual: (B, T, H, W, O), added to the result.
         form: How to compute; by default what `choose_form` says.
-        transformed: What `winograd_kernel.transform` made of the weight, for that form.
         workspace: Where to compute; by default a new one.
         workers: Threads that compute; more than one is for a BLAS with one thread.
 
@@ -152,7 +157,6 @@ def convolve_numpy(
             *(Rows(frames, padding, mode, activation, own), weight32, bias32, result[i]),
             residual=None if skip is None else skip[i],
             form=form,
-            transformed=transformed,
             workspace=workspace,
             workers=workers,
         )
@@ -170,21 +174,31 @@ def _as_numpy(*arrays: mx.array) -> list[np.ndarray]:
     return [np.array(a.astype(mx.float32), copy=False) for a in arrays]
 
 
-def _columns_shapes(height: int, width: int, in_channels: int, out_channels: int) -> list[Shape]:
-    rows = min(height, max(1, WORKSPACE_BYTES // (4 * 27 * in_channels * width)))
-    return [*row_buffers(rows + 2, width + 2, in_channels), (rows, width, 3, 3, 3, in_channels)]
+def _shapes(
+    form: CpuForm, height: int, width: int, in_channels: int, out_channels: int
+) -> tuple[list[Shape], list[Shape]]:
+    """Of what all workers have in common, and of what each has, of which the last holds rows at once."""
+    if form == "columns":
+        rows = min(height, max(1, WORKSPACE_BYTES // (4 * 27 * in_channels * width)))
+        return [], [*row_buffers(rows + 2, width + 2, in_channels), (rows, width, 3, 3, 3, in_channels)]
+    padded = width + 2
+    rows = min(height, max(1, CACHED_FLOATS // (padded * (in_channels + 2 * out_channels))))
+    total = (rows, padded, out_channels)
+    return [(27, in_channels, out_channels)], [*row_buffers(rows + 2, padded, in_channels), total, total]
 
 
-def _multiply_columns(
-    rows: Rows, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, workspace: Workspace
-) -> None:
+def _jobs(frames: int, height: int, own: list[Shape]) -> list[Job]:
+    return list(itertools.product(range(frames), range(0, height, own[-1][0])))
+
+
+def _columns(rows: Rows, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> Multiply:
     """im2col for blocks of rows."""
-    frames, height, width, outputs = out.shape
-    channels = weight.shape[-1]
+    _, height, _, outputs = out.shape
     matrix = weight.reshape(outputs, -1).T
-    read, scratch, taps = workspace.take(*_columns_shapes(height, width, channels, outputs))
-    for t in range(frames):
-        for start in range(0, height, len(taps)):
+
+    def multiply(jobs: Sequence[Job], buffers: Sequence[np.ndarray]) -> None:
+        read, scratch, taps = buffers
+        for t, start in jobs:
             stop = min(start + len(taps), height)
             block = taps[: stop - start]
             for i in range(3):
@@ -195,27 +209,22 @@ def _multiply_columns(
             np.matmul(block.reshape(len(y), -1), matrix, out=y)
             y += bias
 
-
-def _shifts_shapes(height: int, width: int, in_channels: int, out_channels: int) -> list[Shape]:
-    padded = width + 2
-    rows = min(height, max(1, CACHED_FLOATS // (padded * (in_channels + 2 * out_channels))))
-    total = (rows * padded, out_channels)
-    return [*row_buffers(rows + 2, padded, in_channels), (27, in_channels, out_channels), total, total]
+    return multiply
 
 
-def _multiply_shifts(
-    rows: Rows, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, workspace: Workspace
-) -> None:
+def _shifts(
+    rows: Rows, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, matrices: np.ndarray
+) -> Multiply:
     """A product per tap: with rows laid end to end, a tap is a shift of the flattened frames."""
-    frames, height, width, outputs = out.shape
+    _, height, width, outputs = out.shape
     padded, channels = width + 2, weight.shape[-1]
-    arrays = workspace.take(*_shifts_shapes(height, width, channels, outputs))
-    read, scratch, matrices, total, product = arrays
     matrices[...] = weight.reshape(outputs, 27, channels).transpose(1, 2, 0)
-    together = len(total) // padded
-    for t in range(frames):
-        for start in range(0, height, together):
-            stop = min(start + together, height)
+
+    def multiply(jobs: Sequence[Job], buffers: Sequence[np.ndarray]) -> None:
+        read, scratch, *sums = buffers
+        total, product = (array.reshape(-1, outputs) for array in sums)
+        for t, start in jobs:
+            stop = min(start + len(sums[0]), height)
             size = (stop - start) * padded - 2
             total[:size] = bias
             for i in range(3):
@@ -226,6 +235,8 @@ def _multiply_shifts(
                     total[:size] += product[:size]
             y = total[: (stop - start) * padded].reshape(stop - start, padded, outputs)
             out[t, start:stop] = y[:, :width]
+
+    return multiply
 
 
 def blocked(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:

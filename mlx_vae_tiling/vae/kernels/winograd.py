@@ -13,7 +13,7 @@ same shape however many frames a call computes: a frame's bytes do not depend on
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from mlx_vae_tiling.vae.kernels.winograd_kernel import (
     part_of,
     transform,
 )
+from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 
 TILES_PER_BLOCK = 192
@@ -79,15 +80,14 @@ def workspace_bytes(
     in_channels: int,
     out_channels: int,
     *,
-    transformed: bool = False,
     workers: int = 1,
 ) -> int:
     """What `convolve` takes of its workspace for (frames, height, width) outputs."""
     shape = cut(height, width, in_channels, out_channels)
     together = _together(shape, frames, in_channels, workers)
     workers = min(workers, len(_jobs(shape, frames, together)))
-    kernel = [] if transformed else kernel_shapes(shape.outputs, in_channels)
-    return bytes_of(*kernel, *_buffer_shapes(shape, together, width, in_channels) * workers)
+    matrices, own = _shapes(shape, together, width, in_channels)
+    return bytes_of(matrices, *own * workers)
 
 
 def convolve(
@@ -97,7 +97,6 @@ def convolve(
     out: np.ndarray,
     *,
     residual: np.ndarray | None = None,
-    transformed: np.ndarray | None = None,
     workspace: Workspace | None = None,
     workers: int = 1,
 ) -> None:
@@ -109,7 +108,6 @@ def convolve(
         bias: (O,).
         out: (T, H, W, O): the result.
         residual: (T, H, W, O), added to it.
-        transformed: What `transform` made of `weight`; by default it is made here, pass by pass.
         workspace: Where to compute; by default a new one.
         workers: Threads that compute, each with buffers of its own.
     """
@@ -117,22 +115,17 @@ def convolve(
     channels = weight.shape[-1]
     shape = cut(height, width, channels, out_channels)
     together = _together(shape, frames, channels, workers)
-    kernel = [] if transformed is not None else kernel_shapes(shape.outputs, channels)
-    own = _buffer_shapes(shape, together, width, channels)
     jobs = _jobs(shape, frames, together)
-    workers = min(workers, len(jobs))
-    arrays = (workspace or Workspace()).take(*kernel, *own * workers)
-    buffers = [_Buffers(*arrays[i : i + len(own)]) for i in range(len(kernel), len(arrays), len(own))]
+    common, own = _shapes(shape, together, width, channels)
+    (shared,), arrays = (workspace or Workspace()).share_out(min(workers, len(jobs)), own, [common])
+    buffers = [_Buffers(*each) for each in arrays]
     for first in range(0, out_channels, shape.outputs):
         part = slice(first, min(first + shape.outputs, out_channels))
-        if transformed is None:
-            matrices = part_of(arrays[0], (PRODUCTS, 3 * channels, part.stop - part.start))
-            transform(weight[part], out=matrices, scratch=arrays[1])
-        else:
-            matrices = transformed[..., part]
+        matrices = part_of(shared, (PRODUCTS, 3 * channels, part.stop - part.start))
+        transform(weight[part], matrices, [each.kernel for each in buffers])
         skip = None if residual is None else residual[..., part]
         work = _Pass(rows, matrices, bias[part], skip, out[..., part], shape.columns)
-        _share(work, jobs, buffers)
+        share(work.do, jobs, buffers)
 
 
 Job = tuple[tuple[int, int], int, int]
@@ -141,6 +134,7 @@ Job = tuple[tuple[int, int], int, int]
 class _Buffers(NamedTuple):
     """What one worker writes: named after what is in it."""
 
+    kernel: np.ndarray
     read: np.ndarray
     scratch: np.ndarray
     filtered: np.ndarray
@@ -149,9 +143,12 @@ class _Buffers(NamedTuple):
     narrowed: np.ndarray
 
 
-def _buffer_shapes(shape: Cut, together: int, width: int, channels: int) -> list[Shape]:
+def _shapes(shape: Cut, together: int, width: int, channels: int) -> tuple[Shape, list[Shape]]:
+    """Of the transformed kernel, and of what each worker writes."""
     tiles = shape.rows * shape.columns
-    return [
+    matrices, kernel = kernel_shapes(shape.outputs, channels)
+    return matrices, [
+        kernel,
         *row_buffers(TILE_HEIGHT * shape.rows + 2, width + 2, channels),
         (TILE_HEIGHT + 2, TILE_WIDTH * shape.columns + 2, channels),
         (PRODUCTS, tiles, together + 2, channels),
@@ -172,16 +169,6 @@ def _jobs(shape: Cut, frames: int, together: int) -> list[Job]:
     return [(block, t, min(t + together, frames)) for block in shape.blocks for t in starts]
 
 
-def _share(work: _Pass, jobs: list[Job], buffers: list[_Buffers]) -> None:
-    """Every worker takes each n-th job."""
-    if len(buffers) == 1:
-        return work.do(jobs, buffers[0])
-    with ThreadPoolExecutor(len(buffers)) as threads:
-        shares = [jobs[i :: len(buffers)] for i in range(len(buffers))]
-        for result in [threads.submit(work.do, *pair) for pair in zip(shares, buffers, strict=True)]:
-            result.result()
-
-
 @dataclass(frozen=True)
 class _Pass:
     """The convolution to some output channels."""
@@ -193,14 +180,13 @@ class _Pass:
     out: np.ndarray
     columns: int
 
-    def do(self, jobs: list[Job], buffers: _Buffers) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-            for block, start, stop in jobs:
-                for t in range(start, stop + 2):
-                    self._transform_frame(t, t - start, block, buffers)
-                for t in range(start, stop):
-                    self._multiply(t - start, block, buffers)
-                    self._write_frame(t, block, buffers)
+    def do(self, jobs: Sequence[Job], buffers: _Buffers) -> None:
+        for block, start, stop in jobs:
+            for t in range(start, stop + 2):
+                self._transform_frame(t, t - start, block, buffers)
+            for t in range(start, stop):
+                self._multiply(t - start, block, buffers)
+                self._write_frame(t, block, buffers)
 
     def _tops(self, block: tuple[int, int]) -> list[int]:
         """The first output row of each row of tiles; the last ends where the frame does."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
+from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape
 
 TILE_HEIGHT, TILE_WIDTH = 4, 2
@@ -41,38 +44,34 @@ OUTPUT, INPUT = OUTPUT.astype(np.float32), INPUT.astype(np.float32)
 KERNEL = np.kron(KERNEL_HEIGHT, KERNEL_WIDTH).astype(np.float32)
 
 
-def transform(
-    weight: np.ndarray, *, out: np.ndarray | None = None, scratch: np.ndarray | None = None
-) -> np.ndarray:
+def transform(weight: np.ndarray, out: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
     """The kernel as matrices.
 
     Args:
         weight: (O, 3, 3, 3, C).
-        out: (24, 3 * C, O) for the result, and
-        scratch: (9, n, O) for n input channels at a time; by default both are new.
-
-    Returns:
-        (24, 3 * C, O): by product; tap in time and input channel; output channel.
+        out: (24, 3 * C, O) for the result: by product; tap in time and input channel; output channel.
+        buffers: (9, n, O) of each worker, for n input channels at a time.
     """
     outputs, channels = len(weight), weight.shape[-1]
-    if out is None or scratch is None:
-        out, scratch = (np.empty(shape, np.float32) for shape in kernel_shapes(outputs, channels))
     taps = weight.reshape(outputs, 3, 9, channels).transpose(1, 2, 3, 0)
     split = out.reshape(PRODUCTS, 3, channels, outputs)
-    for t in range(3):
-        for c in range(0, channels, scratch.shape[1]):
-            part = taps[t, :, c : c + scratch.shape[1]]
-            piece = part_of(scratch, part.shape)
+    step = max(1, KERNEL_FLOATS // (PRODUCTS * outputs))
+
+    def work(jobs: Sequence[tuple[int, int]], buffer: np.ndarray) -> None:
+        for t, c in jobs:
+            part = taps[t, :, c : c + buffer.shape[1]]
+            piece = part_of(buffer, part.shape)
             for o in range(0, outputs, LINE_FLOATS):  # of whole lines of cache, or it is read in vain
                 piece[..., o : o + LINE_FLOATS] = part[..., o : o + LINE_FLOATS]
-            step = max(1, KERNEL_FLOATS // (PRODUCTS * outputs))
             for k in range(0, piece.shape[1], step):
                 target = split[:, t, c + k : c + min(k + step, piece.shape[1])].reshape(PRODUCTS, -1)
                 np.matmul(KERNEL, piece[:, k : k + step].reshape(9, -1), out=target)
-    return out
+
+    share(work, list(product(range(3), range(0, channels, buffers[0].shape[1]))), buffers)
 
 
 def kernel_shapes(outputs: int, channels: int) -> list[Shape]:
+    """Of the result of `transform`, and of a worker's buffer."""
     return [(PRODUCTS, 3 * channels, outputs), (9, min(channels, 4 * LINE_FLOATS), outputs)]
 
 

@@ -1,12 +1,18 @@
-"""How many threads may compute beside each other."""
+"""Threads that compute beside each other: how many there may be, and how they share work."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+Job = TypeVar("Job")
+Buffers = TypeVar("Buffers")
 
 
 def idle_cores() -> int:
@@ -30,3 +36,20 @@ def idle_cores() -> int:
 
 default_workers = lru_cache(maxsize=1)(idle_cores)
 """How many there are where nobody says: measured once."""
+
+
+def share(
+    work: Callable[[Sequence[Job], Buffers], None], jobs: Sequence[Job], buffers: Sequence[Buffers]
+) -> None:
+    """Does jobs in as many threads as there are buffers, of which each has its own and every n-th job."""
+
+    def do(index: int) -> None:
+        # Each thread has warnings of its own; whoever decodes looks at the frames.
+        with np.errstate(over="ignore", invalid="ignore"):
+            work(jobs[index :: len(buffers)], buffers[index])
+
+    if len(buffers) == 1:
+        return do(0)
+    with ThreadPoolExecutor(len(buffers)) as threads:
+        for _ in threads.map(do, range(len(buffers))):
+            pass

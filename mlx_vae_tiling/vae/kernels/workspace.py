@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,6 +38,14 @@ class Workspace:
             arrays.append(self._memory[start : start + math.prod(shape)].reshape(shape))
             start += _aligned(shape)
         return arrays
+
+    def share_out(
+        self, workers: int, own: Sequence[Shape], common: Sequence[Shape] = ()
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """As `take`, for arrays that workers have in common, and for those that each has of its own."""
+        arrays = self.take(*common, *list(own) * workers)
+        starts = range(len(common), len(arrays), len(own))
+        return arrays[: len(common)], [arrays[start : start + len(own)] for start in starts]
 
 
 def bytes_of(*shapes: Shape) -> int:
