@@ -30,7 +30,7 @@ COPIED = ("mlx_vae_tiling", "tests", "examples", "pyproject.toml", "README.md", 
 LONGEST_SECONDS = 900
 """Of the tests of a place: a break that hangs is noticed too."""
 MOST_BYTES = 6 * 2**30
-"""Of a test process: a break that collects without an end fails for want of memory, and takes no machine down."""
+"""Of a test process: a break that collects without an end fails, and takes no machine down."""
 
 
 def stale(place: Place) -> bool:
