@@ -13,6 +13,7 @@ import argparse
 import ast
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ REPOSITORY = Path(__file__).parent.parent
 COPIED = ("mlx_vae_tiling", "tests", "examples", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 LONGEST_SECONDS = 900
 """Of the tests of a place: a break that hangs is noticed too."""
+MOST_BYTES = 6 * 2**30
+"""Of a test process: a break that collects without an end fails, and takes no machine down."""
 
 
 def stale(place: Place) -> bool:
@@ -59,7 +62,13 @@ def noticed_by(place: Place, folder: Path) -> str | None:
     ]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST_SECONDS
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_SECONDS,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES)),
         )
     except subprocess.TimeoutExpired:
         return "it hangs"
