@@ -228,6 +228,13 @@ def test_a_fault_is_tried_again(decoder, latents, limit, fault, monkeypatch):
     assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS[limit]), expected)
 
 
+def test_faults_at_two_frames_are_each_tried_again(decoder, latents, monkeypatch):
+    expected = decoder(latents)
+    for frame in (3, 20):
+        break_frame(monkeypatch, frame, 1)
+    assert_rounded(frames_of(decoder, latents, memory_limit=LIMITS["streamed"]), expected)
+
+
 def test_a_fault_is_tried_again_with_half_the_chunk(decoder, latents, monkeypatch):
     paces, plan = record_paces(monkeypatch), plan_decode(decoder, latents.shape, memory_limit=LIMITS["whole"])
     begun = Pace(plan.latent_frames_per_step, plan.max_chunk_frames)
