@@ -4,14 +4,16 @@
     python tests/break_on_purpose.py --only runtime/job --results results.json
 
 Each place of `break_places.PLACES` is broken in a copy of the repository, and the tests of its module run
-there until one fails. A place whose text is no longer found exactly once is an error: it has to be brought up
-to date. A survivor is a missing test, dead code, or explained beside its place. What is in the file of
-results is not tried again.
+there until one fails. A place whose text is no longer found exactly once, or that becomes no Python, is an
+error: it has to be brought up to date. A survivor is a missing test, dead code, or explained beside its
+place. What is in the file of results is not tried again.
 """
 
 import argparse
+import ast
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -27,11 +29,18 @@ REPOSITORY = Path(__file__).parent.parent
 COPIED = ("mlx_vae_tiling", "tests", "examples", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 LONGEST_SECONDS = 900
 """Of the tests of a place: a break that hangs is noticed too."""
+MOST_BYTES = 6 * 2**30
+"""Of a test process: a break that collects without an end fails, and takes no machine down."""
 
 
 def stale(place: Place) -> bool:
-    """Whether the text is not there exactly once."""
-    return (REPOSITORY / "mlx_vae_tiling" / place.file).read_text().count(place.old) != 1
+    """Whether the text is not there exactly once, or what it becomes is no Python, which any test notices."""
+    whole = (REPOSITORY / "mlx_vae_tiling" / place.file).read_text()
+    try:
+        ast.parse(whole.replace(place.old, place.new))
+    except SyntaxError:
+        return True
+    return whole.count(place.old) != 1
 
 
 def noticed_by(place: Place, folder: Path) -> str | None:
@@ -53,7 +62,13 @@ def noticed_by(place: Place, folder: Path) -> str | None:
     ]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST_SECONDS
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_SECONDS,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES)),
         )
     except subprocess.TimeoutExpired:
         return "it hangs"
@@ -77,7 +92,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [place for place in PLACES if args.only in place.name]
     if old := [place.name for place in chosen if stale(place)]:
-        print("not found exactly once:", *old, sep="\n  ")
+        print("not found exactly once, or broken beyond Python:", *old, sep="\n  ")
         return 2
     results = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

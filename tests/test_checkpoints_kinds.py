@@ -212,3 +212,11 @@ def test_info_says_what_they_are(tmp_path, capsys):
     assert main(["info", str(path)]) == 0
     told = capsys.readouterr().out
     assert "LTX-2 / 2.3 / 2.5 tiny (TAEHV)" in told and "channels that see the frame before" in told
+
+
+@pytest.mark.parametrize("name", ["taeltx_2", "taeltx2_3_wide"])
+def test_names_of_tiny_decoders_that_are_on_no_hub(name):
+    with pytest.raises(
+        FileNotFoundError, match=f"download {name}.safetensors from github.com/madebyollin/taehv"
+    ):
+        load_decoder(name)

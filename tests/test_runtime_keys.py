@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from diffusion_cases import small_decoder
 from planning import measured_peak
@@ -77,23 +78,25 @@ def test_the_work_of_making_them_is_counted(frames, step, cap, monkeypatch):
     assert (anew > held) == (step < frames)
 
 
-def test_they_are_made_anew_where_that_saves_work():
-    """Whole in a budget that held keys and values leave no room in, and not where they do."""
+def test_they_are_made_anew_where_that_is_expected_to_be_faster():
+    """In half of the windows that held ones take; with as many windows or one less it is not."""
     config, shape = DiffusionDecoderConfig(), (1, 128, 16, 34, 60)
-    plans = {
-        limit: plan_decode(config, shape, memory_limit=limit, backend="metal") for limit in ("32GB", "16GB")
-    }
-    held = plan_decode(config, shape, memory_limit="16GB", backend=METAL)
-    assert not plans["32GB"].backend.makes_keys_anew and plans["32GB"].recompute == 1
-    assert plans["16GB"].backend.makes_keys_anew and "made anew" in str(plans["16GB"])
-    assert plans["16GB"].fits and held.fits and plans["16GB"].operations < held.operations
+    plans = {}
+    for limit in ("24GB", "20GB", "10GB", "8GB"):
+        held = plan_decode(config, shape, memory_limit=limit, backend=METAL)
+        plans[limit] = plan_decode(config, shape, memory_limit=limit, backend="metal")
+        assert plans[limit].fits
+        if limit != "10GB":
+            assert plans[limit] == held
+    assert plans["10GB"].backend.makes_keys_anew and "made anew" in str(plans["10GB"])
+    assert (len(plans["10GB"].parts), len(plans["8GB"].parts)) == (2, 4)
+    assert plans["10GB"].operations < plans["8GB"].operations
 
 
 def test_a_plan_that_makes_them_anew_is_carried_out():
     decoder, latents = new_decoder(DEEP), random_latents()
-    limit = plan_decode(decoder, LATENTS, memory_limit="1GB", backend=CPU, chunk=(1, 1)).peak_bytes - 1
-    plan = plan_decode(decoder, LATENTS, memory_limit=limit)
-    assert plan.backend.makes_keys_anew and len(plan.parts) == 1
-    expected = list(decode_frames(decoder, latents, memory_limit="1GB"))
-    frames = list(decode_frames(decoder, latents, memory_limit=plan.memory_limit))
-    assert mx.array_equal(*(mx.concatenate([mx.array(f) for f in one]) for one in (frames, expected)))
+    limit = plan_decode(decoder, LATENTS, memory_limit="1GB", backend=ANEW, chunk=(1, 1)).peak_bytes - 1
+    plan = plan_decode(decoder, LATENTS, memory_limit=limit, backend=ANEW)
+    assert plan.fits and plan.backend.makes_keys_anew and len(plan.parts) > 1
+    expected = np.concatenate(list(decode_frames(decoder, latents, memory_limit="1GB")))
+    assert np.array_equal(np.concatenate(list(decode_frames(decoder, latents, plan=plan))), expected)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mlx_vae_tiling.checkpoints.fetch import fetch_vae
 from mlx_vae_tiling.checkpoints.hub_errors import NotThere, Unreachable
 from mlx_vae_tiling.checkpoints.sources import SOURCES
+from mlx_vae_tiling.vae.published import NAMES
 
 DEMO = Path(__file__).parent.parent / "demo" / "vae.safetensors"
 _ON_HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(?P<file>.+\.safetensors))?")
@@ -84,6 +85,11 @@ def parse_source(source: str | os.PathLike[str]) -> Path | Remote:
         on_hub = _ON_HUB.fullmatch(source)
         if on_hub and not on_hub["repo"].endswith(".safetensors"):
             return Remote(on_hub["repo"], on_hub["file"])
+    if source in NAMES:
+        raise FileNotFoundError(
+            f"{source} is in no repository of the Hub; download {source}.safetensors from "
+            "github.com/madebyollin/taehv and give its path"
+        )
     raise FileNotFoundError(
         f"there is no file or directory {path}; repositories of the Hub are named owner/name, "
         f"published versions {', '.join(SOURCES)}"

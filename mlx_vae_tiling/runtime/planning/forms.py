@@ -9,7 +9,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
-from mlx_vae_tiling.runtime.planning.cost import Part
+from mlx_vae_tiling.runtime.planning.cost import CostModel, Part
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.tuning.choices import Tuning, load_tuning
 from mlx_vae_tiling.runtime.tuning.measure import Work, machine_of, work_of
@@ -25,6 +25,10 @@ FULL_HD = 1920 * 1088
 
 SMALLEST_BLOCK_BYTES = 128 * 2**20
 """Smaller ones took 0.9 of the time of "folded" on the modelled GPU, and many launches."""
+
+KEYS_ANEW_SECONDS = 2.7
+"""Of an operation that makes keys and values anew, over those of others: what it makes is also normalised,
+rotated and joined. On the modelled GPU, 1.12 of the time for 1.05 of the work and 1.29 for 1.10."""
 
 
 def tuned_backend(
@@ -97,15 +101,25 @@ def fewest_windows(planned: Callable[[Backend], DecodePlan], backends: list[Back
     return best
 
 
-def least_work(best: DecodePlan, other: Callable[[], DecodePlan]) -> DecodePlan:
-    """Of a plan and one that holds less but makes it anew, the one with less work.
+def or_making_keys_anew(
+    best: DecodePlan, planned: Callable[[Backend], DecodePlan], modelled: Callable[[Backend], CostModel]
+) -> DecodePlan:
+    """A plan, or the one that holds less and makes it anew, where that is expected to be faster.
 
-    The other is made where the first repeats halos. Where that does not fit, neither did the other in all
-    that was tried: 640 to 3840 pixels wide, 3 to 32 GB.
+    Args:
+        best: Where it does not fit, neither did the other in all that was tried: 768 to 3840 pixels wide,
+            3 to 32 GB; where it is one window, it repeats nothing.
+        planned: Plans with a backend.
+        modelled: What decodes cost with a backend.
     """
-    if not best.fits or len(best.parts) == 1:
+    backend = replace(best.backend, makes_keys_anew=True)
+    model = modelled(backend)
+    if not best.fits or len(best.parts) == 1 or not any(step.repeated for step in model.steps):
         return best
-    return min(best, other(), key=lambda plan: (not plan.fits, plan.operations))
+    other = planned(backend)
+    once = sum(model.operations(part) for part in other.parts)
+    expected = once + KEYS_ANEW_SECONDS * (other.operations - once)
+    return other if other.fits and expected < best.operations else best
 
 
 def measured_seconds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -12,7 +13,12 @@ from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.runtime.planning.cost import Cost, CostModel, Part
-from mlx_vae_tiling.runtime.planning.forms import fewest_windows, in_blocks, least_work, tuned_backend
+from mlx_vae_tiling.runtime.planning.forms import (
+    fewest_windows,
+    in_blocks,
+    or_making_keys_anew,
+    tuned_backend,
+)
 from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
 from mlx_vae_tiling.runtime.planning.memory import memory_budget
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
@@ -87,9 +93,10 @@ def plan_decode(
         return _plan_blended(model, wanted, tiling, budget)
     halo = _halo(tiling)
 
+    modelled = partial(CostModel, decoder, tuple(latent_shape), dtype, options=options)
+
     def planned(backend: Backend) -> DecodePlan:
-        model = CostModel(decoder, tuple(latent_shape), dtype, backend, options)
-        return _plan_exact(model, wanted, budget, halo, parts, chunk)
+        return _plan_exact(modelled(backend), wanted, budget, halo, parts, chunk)
 
     if isinstance(backend, Backend):
         return planned(model.backend)
@@ -98,10 +105,7 @@ def plan_decode(
     best = fewest_windows(
         planned, list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
     )
-    anew = replace(best.backend, makes_keys_anew=True)
-    if any(step.repeated for step in decoder.steps(options, backend=anew)):
-        best = least_work(best, lambda: planned(anew))
-    return best
+    return or_making_keys_anew(best, planned, modelled)
 
 
 def _halo(tiling: int | None) -> int | None:
