@@ -4,12 +4,13 @@
     python tests/break_on_purpose.py --only runtime/job --results results.json
 
 Each place of `break_places.PLACES` is broken in a copy of the repository, and the tests of its module run
-there until one fails. A place whose text is no longer found exactly once is an error: it has to be brought up
-to date. A survivor is a missing test, dead code, or explained beside its place. What is in the file of
-results is not tried again.
+there until one fails. A place whose text is no longer found exactly once, or that becomes no Python, is an
+error: it has to be brought up to date. A survivor is a missing test, dead code, or explained beside its
+place. What is in the file of results is not tried again.
 """
 
 import argparse
+import ast
 import json
 import os
 import shlex
@@ -30,8 +31,13 @@ LONGEST_SECONDS = 900
 
 
 def stale(place: Place) -> bool:
-    """Whether the text is not there exactly once."""
-    return (REPOSITORY / "mlx_vae_tiling" / place.file).read_text().count(place.old) != 1
+    """Whether the text is not there exactly once, or what it becomes is no Python, which any test notices."""
+    whole = (REPOSITORY / "mlx_vae_tiling" / place.file).read_text()
+    try:
+        ast.parse(whole.replace(place.old, place.new))
+    except SyntaxError:
+        return True
+    return whole.count(place.old) != 1
 
 
 def noticed_by(place: Place, folder: Path) -> str | None:
@@ -77,7 +83,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [place for place in PLACES if args.only in place.name]
     if old := [place.name for place in chosen if stale(place)]:
-        print("not found exactly once:", *old, sep="\n  ")
+        print("not found exactly once, or broken beyond Python:", *old, sep="\n  ")
         return 2
     results = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

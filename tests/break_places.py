@@ -171,23 +171,24 @@ PLACES = [
     ),
     *places(
         "vae/operations.py",
-        "vae_parity vae_convolution_cpu vae_decoder vae_schedule -k not half",
+        "vae_parity vae_backends vae_schedule -k step1 or gpu_policies or is_held",
         ("before - (wanted.start - inner.start), after", "before, after"),
         ("transpose(0, 4, 1, 2, 6, 3, 5)", "transpose(0, 4, 1, 2, 5, 3, 6)"),
         ("x * factor + shift", "x * factor"),
         ("slice(size - 2, size - 1)", "slice(size - 1, size)"),
-        ("if x.nbytes - view.nbytes > SHARED_BYTES:", "if False:"),
+        ("if x.nbytes - view.nbytes > SHARED_BYTES:", "if False:", "a gather copies too, in more time"),
+        ("if x.nbytes - view.nbytes > SHARED_BYTES:", "if True:"),
     ),
     *places(
         "vae/cpu.py",
-        "vae_convolution vae_decoder vae_windows vae_schedule",
-        ("view[:, :first] = view[:, first : first + 1]\n", ""),
+        "vae_decoder vae_backends vae_parity -k pinned or upsampling or step1",
+        ("        view[:, :first] = view[:, first : first + 1]\n", ""),
         ("x[0] = x[2]", "x[0] = x[1]"),
         ("return itemsize * (made + max(tiled, kept * (kept < made)))", "return itemsize * made"),
     ),
     *places(
         "vae/layers.py",
-        "vae_windows vae_parity vae_streaming",
+        "vae_parity vae_windows -k step1 or corners or matters",
         ("return cut(y, parts)", "return y"),
         (
             "origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)",
@@ -197,14 +198,14 @@ PLACES = [
     ),
     *places(
         "vae/decoder.py",
-        "vae_parity vae_decoder vae_windows",
+        "vae_parity vae_windows -k step1 or unnormalised or mixes or corners",
         ("z = (1 - scale) * z * std", "z = z * std"),
         ("3, source.height, output.height", "3, source.height, source.height"),
         ("z = z if options.normalized else (z - mean) / std", "z = z"),
     ),
     *places(
         "checkpoints/load.py",
-        "checkpoints_load checkpoints_damage",
+        "checkpoints_load checkpoints_damage -k values or layouts or shorter",
         ("if (part == exponent).any():", "if False:"),
         ("if value.dtype != stored and not _fits(value):", "if False:"),
         ("if values.size != count:", "if False:"),
@@ -259,7 +260,7 @@ PLACES = [
     ),
     *places(
         "runtime/resuming/output.py",
-        "runtime_run -k room or killed or older or replaced or resume or kept or ctrl",
+        "runtime_run cli -k room or killed or older or replaced or resume or kept or ctrl or keeps_nothing",
         ("needed += int(np.prod(shape)) * dtype.itemsize", "needed += 0"),
         (
             "if finished or not (unfinished_frames(path) if store is None else any(store.done)):",
@@ -270,7 +271,7 @@ PLACES = [
     ),
     *places(
         "runtime/resuming/store.py",
-        "runtime_journal runtime_run -k reach or damaged or disk or few_bytes",
+        "runtime_journal runtime_run -k reach or damaged or disk or a_few",
         ("        os.fsync(self._file)\n        if self._journal", "        if self._journal"),
         ("view, offset = view[written:], offset + written", "view, offset = view[written:], offset"),
         ("if size < max(self._end(part) for part in range(len(parts))):", "if False:"),
@@ -284,7 +285,7 @@ PLACES = [
     ),
     *places(
         "runtime/planning/grids.py",
-        "runtime_plan",
+        "runtime_plan -k finds or little or halo or elements",
         ("if most <= least:", "if most < least:"),
         ("if most > enough:", "if False:"),
         ("reach = max(halo,", "reach = min(halo,"),
@@ -292,7 +293,7 @@ PLACES = [
     ),
     *places(
         "runtime/planning/cost.py",
-        "runtime_plan runtime_kinds",
+        "runtime_plan runtime_kinds -k cover or once or there_twice",
         ("copying.add((*held[:number], held[number] + kept,", "copying.add((*held[:number], held[number],"),
         ("filled = 2 * self._lag + 4 * step", "filled = self._lag // 4"),
         ("ahead = self.backend.pieces_ahead", "ahead = 2 * self.backend.pieces_ahead"),

@@ -103,14 +103,14 @@ def test_rates_are_positive():
 def test_policies_of_metal_are_compared():
     """On the CPU, with Metal's policy: every variant decodes all frames."""
     decoder = small_decoder("ltx-2.3")
-    latents = mx.random.normal((1, decoder.config.latent_channels, 5, 4, 4), key=mx.random.key(1))
+    latents = mx.random.normal((1, decoder.config.latent_channels, 3, 4, 4), key=mx.random.key(1))
     tuned = replace(METAL, tuned=(((16, 16), "gemm"), ((8, 8), "winograd_time")), block_bytes=10**8)
     plan = plan_decode(decoder, latents.shape, memory_limit="30MB", backend=tuned)
     decodes = [bench._decode(decoder, latents, *variant) for variant in bench._variants(decoder, plan, False)]
     names = [one.name for one in decodes]
     assert {"whole", "as planned", "nothing waited for", "cache of one chunk", "no cache"} <= set(names)
     assert any(name.endswith("windows") for name in names) and any("blended" in name for name in names)
-    assert all(one.frames == 33 for one in decodes)
+    assert all(one.frames == 17 for one in decodes)
     policies = [one.plan.backend for one in decodes]
     assert all((policy.tuned, policy.block_bytes) == (tuned.tuned, 10**8) for policy in policies)
     waited = {one.name for one in decodes if one.evaluation_seconds}

@@ -63,6 +63,17 @@ def test_the_division_is_that_of_the_ranks(capsys):
     assert ranks[1]["peak_bytes"] == owned.peak_bytes
 
 
+def test_rank_0_takes_smaller_chunks_where_frames_that_wait_leave_no_more(capsys):
+    def peaks(memory):
+        _, out, _ = printed(capsys, "--ranks", "2", "--memory", str(memory), "--json", "--no-tune")
+        return [rank["peak_bytes"] for rank in json.loads(out)["divided"]["ranks"]]
+
+    most, other = peaks(10**11)
+    assert most > other
+    less, same = peaks(most - 1)
+    assert less < most and same == other
+
+
 def test_as_text(capsys):
     status, out, _ = printed(capsys, "--ranks", "4", "--memory", "8GB")
     plan, divided = out.split("\n\n")

@@ -51,3 +51,21 @@ def test_frames_then_the_journal_then_its_name_reach_the_disk(tmp_path, events):
         ("flush", "x.npy.partial"),
     ]
     assert events == 2 * once
+
+
+def test_a_system_that_writes_a_few_bytes_at_a_time(tmp_path, monkeypatch):
+    write, calls = os.pwrite, []
+
+    def few(file, data, offset):
+        calls.append(offset)
+        return write(file, data[:7], offset)
+
+    monkeypatch.setattr(os, "pwrite", few)
+    left, right = (FRAMES._replace(width=Span(*span)) for span in ((0, 2, 5), (2, 5, 5)))
+    store = FrameStore(tmp_path, (Part(left, FRAMES), Part(right, FRAMES)), SHAPE, np.dtype(np.uint16))
+    frames = np.random.default_rng(0).integers(0, 2**16, SHAPE, np.uint16)
+    for part, span in enumerate((left, right)):
+        for first in (0, 4):
+            store.append(part, frames[first : first + 4, :, span.width.slice])
+    assert (store.read(0, 6) == frames).all() and len(calls) > 100
+    store.close()

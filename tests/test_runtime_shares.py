@@ -90,6 +90,16 @@ def test_each_within_its_memory():
     assert division.unevenness <= 0.1
 
 
+def test_a_rank_with_memory_for_a_window_and_none_for_a_share():
+    """One latent's window fits, and of so small ones there would have to be too many."""
+    model = model_of(FULL_HD)
+    latent = wanted(model, Window(height=slice(544, 576), width=slice(960, 992)))
+    needed = model.weight_bytes + model.cost(part_around(model, latent, None), 1, 1).total
+    division = divide(model, wanted(model), [needed, PLENTY])
+    assert_covers_once(division, wanted(model))
+    assert set(division.owners) == {1}
+
+
 def test_nothing_fits():
     model = model_of(FULL_HD)
     with pytest.raises(ValueError, match="no window fits in the memory of any rank, of which the largest"):
@@ -102,6 +112,8 @@ def test_windows_that_see_few_latents():
     assert [part.latents.width.slice for part in division.parts] == [slice(0, 32), slice(28, 60)]
     exact = divide(model, wanted(model), [PLENTY] * 2)
     assert sum(division.operations) < sum(exact.operations)
+    # Between others a band repeats more than at the edge, but less than one that sees all.
+    assert divide(model, wanted(model), [PLENTY] * 4, halo=2).unevenness <= 0.05
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

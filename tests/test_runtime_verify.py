@@ -57,14 +57,18 @@ def reference_ssim(first, second):
     return ssim.mean(axis=2)
 
 
-def assert_scored(score, first, second, chosen):
+def ssim_of(first, second):
+    """Of every position of frames."""
+    return np.stack([reference_ssim(*pair) for pair in zip(first, second, strict=True)])
+
+
+def assert_scored(score, first, second, ssim, chosen):
     """Against the definitions in float64, of the chosen (f, h, w) pixels of frames (f, h, w, 3)."""
     difference = first.astype(np.float64) - second
     error = (difference[chosen] ** 2).mean()
     assert score.psnr == pytest.approx(10 * math.log10(255**2 / error) if error else math.inf, rel=1e-12)
     assert score.largest == abs(difference[chosen]).max()
     assert score.values == 3 * chosen.sum()
-    ssim = np.stack([reference_ssim(*pair) for pair in zip(first, second, strict=True)])
     # Measured: 2e-7, float32's rounding.
     assert score.ssim == pytest.approx(ssim[chosen[:, 5:-5, 5:-5]].mean(), abs=3e-6)
 
@@ -88,8 +92,9 @@ def test_scores_are_those_of_their_definitions(name, strength):
     chosen[:, 3:21], chosen[1, :, 30:] = True, True
     comparison = Comparison(50, 43)
     scores = [comparison.score(*frame) for frame in zip(first, second, chosen, strict=True)]
-    assert_scored(total(one for one, _ in scores), first, second, chosen)
-    assert_scored(total(other for _, other in scores), first, second, ~chosen)
+    ssim = ssim_of(first, second)
+    assert_scored(total(one for one, _ in scores), first, second, ssim, chosen)
+    assert_scored(total(other for _, other in scores), first, second, ssim, ~chosen)
     squared = ((first.astype(float) - second) ** 2).sum(axis=(0, 3))
     assert np.array_equal(comparison.squared_error, squared)
 
@@ -134,11 +139,11 @@ def test_blended_tiles_are_scored_at_their_seams_and_elsewhere(decoder, latents,
     assert result.seams[:3] == tuple(spans)
     tiled = frames_of(decoder, latents, tiling=tiling, memory_limit="1GB")
     exact = frames_of(decoder, latents, memory_limit="1GB")
-    chosen = chosen_of(*spans)
+    chosen, ssim = chosen_of(*spans), ssim_of(tiled, exact)
     assert result.seams.share == pytest.approx(chosen.mean())
     for score, pixels in ((result.seam_total, chosen), (result.elsewhere_total, ~chosen)):
         if pixels.any():
-            assert_scored(score, tiled, exact, pixels)
+            assert_scored(score, tiled, exact, ssim, pixels)
         else:
             assert score == Score()
     frames = [(tiled[i].astype(float) - exact[i]).ravel() for i in range(25)]

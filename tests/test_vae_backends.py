@@ -7,7 +7,10 @@ import pytest
 from mlx.utils import tree_flatten
 from vae_cases import VERSIONS, joined, random_latents, small_decoder
 
+from mlx_vae_tiling.vae.backend import Where
 from mlx_vae_tiling.vae.backends import CPU, CUDA, METAL, backend_of, current_backend
+from mlx_vae_tiling.vae.layers import DepthToSpaceUpsample
+from mlx_vae_tiling.vae.regions import Region, Span
 from mlx_vae_tiling.vae.schedule import Pace
 
 GPUS = [METAL, CUDA]
@@ -79,3 +82,30 @@ def test_a_stream_of_one_thread_is_consumed_in_another(version, tiled):
     with ThreadPoolExecutor(1) as pool:
         received = pool.submit(list, pieces).result()
     assert mx.array_equal(joined(received), joined((small.stream_tiled if tiled else small.stream)(latents)))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("version", ["ltx-2", "0.9.0"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [(0, 17), (3, 12)], ids=["all", "cut"])
+def test_an_upsampling_on_the_cpu_takes_what_is_said(version, dtype, window):
+    """With and without a residual; a window keeps a copy of a part."""
+    decoder = small_decoder(version, base_channels=16)
+    steps = decoder.steps(decoder.options())
+    (*_, step) = (s for s in steps if isinstance(getattr(s.compute, "__self__", None), DepthToSpaceUpsample))
+    start, stop = window
+    output = Region(Span(start, stop, 17), *(Span(3 * start, 64 - 3 * start, 64) for _ in range(2)))
+    inputs = tuple(need.before(output) for _, need in step.reads)
+    where = Where(inputs, output, 1, dtype, CPU.opened())
+    given = [
+        mx.ones((1, *(span.length for span in part), steps[read.producer].channels), dtype)
+        for part, read in zip(inputs, step.reads, strict=True)
+    ]
+    mx.eval(given)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = step.compute(given, where)
+    mx.eval(made)
+    assert made.shape[1:4] == tuple(span.length for span in output)
+    assert mx.get_peak_memory() - before == pytest.approx(step.taken(where).nbytes, rel=0.02)

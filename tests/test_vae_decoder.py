@@ -197,7 +197,7 @@ def test_convolution_form_can_be_pinned(form):
 def test_ltx_2_3_at_full_width():
     assert LTX_2_3.parameters == 407_169_072
     decoder = VideoDecoder(LTX_2_3).init_random()
-    latents = random_latents(decoder, 1, 2, 2, 2)
+    latents = random_latents(decoder, 1, 2, 1, 1)
     video = decoder(latents)
-    assert video.shape == (1, 3, 9, 64, 64) and video.dtype == mx.float32
+    assert video.shape == (1, 3, 9, 32, 32) and video.dtype == mx.float32
     assert mx.isfinite(video).all() and 0.01 < video.std().item() < 10
