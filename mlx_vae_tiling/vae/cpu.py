@@ -114,13 +114,13 @@ class CPUBackend(CPULayerBackend, Backend):
             modulation=None if activation is None else activation.modulation,
             residual=skip,
             workspace=self.workspace,
-            workers=self.workers,
+            workers=self.threads,
         )
 
     def convolve(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
         if (self.form or self.default_form(x.dtype)) != "numpy":
             return super().convolve(x, weight, bias)
-        return convolve_numpy(x, weight, bias, workspace=self.workspace, workers=self.workers)
+        return convolve_numpy(x, weight, bias, workspace=self.workspace, workers=self.threads)
 
     @property
     def _fuses(self) -> bool:
