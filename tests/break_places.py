@@ -321,7 +321,6 @@ PLACES = [
         ("memory_limit=budgets[0] - waiting)", "memory_limit=budgets[0])"),
         ("peak_bytes=plan.peak_bytes + waiting,", "peak_bytes=plan.peak_bytes,"),
         ("frames[until[number] - done :]", "frames[len(frames) :]"),
-        ("while done >= until[number]:", "while done > until[number]:"),
         ("        if names:\n", "        if False:\n"),
         ("budgets[message.rank] = message.fields", "budgets[message.rank] = budgets[0] or message.fields"),
         ("        if parts != division.parts:\n", "        if False:\n"),

@@ -64,6 +64,13 @@ def test_bands_of_wide_frames_and_ranges_of_long_clips():
     assert [part.pixels.time.start for part in ranges.parts] == [0, 601]
 
 
+def test_bands_of_a_small_frame_are_cut_between_latents_too():
+    model = model_of((16, 16, 24))
+    division = divide(model, wanted(model), [PLENTY] * 5)
+    assert division.unevenness <= 0.02
+    assert any(part.pixels.width.start % 32 or part.pixels.height.start % 32 for part in division.parts)
+
+
 def test_no_other_cut_is_a_tenth_better():
     """A search through all pairs of bands and of ranges finds little better ones."""
     for size in (FULL_HD, LONG):

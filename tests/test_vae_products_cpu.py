@@ -10,6 +10,7 @@ from test_vae_attention import GRIDS, expected, part_of, random_grid, whole
 from vae_cases import joined
 
 from mlx_vae_tiling.vae.backends import CPU
+from mlx_vae_tiling.vae.kernels import products_cpu
 from mlx_vae_tiling.vae.kernels.attention_cpu import attention_numpy, attention_workspace
 from mlx_vae_tiling.vae.kernels.products_cpu import linear_numpy, linear_workspace, mlp_numpy, mlp_workspace
 from mlx_vae_tiling.vae.kernels.workspace import Workspace
@@ -37,11 +38,18 @@ def in_float64(x):
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
+@pytest.fixture(params=[True, False], ids=["turned", "as they are"])
+def weights(request, monkeypatch):
+    """Small weights are copied the other way round; here also as if they were large."""
+    if not request.param:
+        monkeypatch.setattr(products_cpu, "TURNED_ELEMENTS", 0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(mx.float32, 2e-6), (mx.float16, 2e-3), (mx.bfloat16, 2e-2)], ids=str
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_products_equal_float64(dtype, tolerance, workers):
+def test_products_equal_float64(dtype, tolerance, workers, weights):
     x, weight, bias = arrays(operands((2, *SIZE, CHANNELS), (40, CHANNELS), (40,)), dtype)
     got = linear_numpy(x, weight, bias, WHOLE, workers=workers)
     assert got.dtype == dtype
@@ -55,7 +63,7 @@ def test_products_equal_float64(dtype, tolerance, workers):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(mx.float32, 2e-6), (mx.float16, 2e-3), (mx.bfloat16, 2e-2)], ids=str
 )
-def test_a_gated_mlp_equals_float64(dtype, tolerance):
+def test_a_gated_mlp_equals_float64(dtype, tolerance, weights):
     shapes = (2, *SIZE, CHANNELS), (56, CHANNELS), (56, CHANNELS), (CHANNELS, 56)
     x, up, gate, down = arrays(operands(*shapes), dtype)
     exact = [in_float64(a) for a in (x, up, gate, down)]
@@ -66,7 +74,7 @@ def test_a_gated_mlp_equals_float64(dtype, tolerance):
 
 
 @pytest.mark.parametrize("region", PARTS)
-def test_products_of_a_part_are_the_bytes_of_the_whole(region):
+def test_products_of_a_part_are_the_bytes_of_the_whole(region, weights):
     shapes = (1, *SIZE, CHANNELS), (40, CHANNELS), (40,), (40, CHANNELS), (CHANNELS, 40)
     x, weight, bias, gate, down = arrays(operands(*shapes))
     part = mx.contiguous(part_of(x, region))
@@ -116,7 +124,7 @@ def taken_outside_mlx(compute):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_workspace_is_as_stated(dtype, workers):
+def test_workspace_is_as_stated(dtype, workers, weights):
     c, hidden = 192, 520
     shapes = (1, *SIZE, c), (hidden, c), (hidden, c), (c, hidden)
     x, up, gate, down = arrays(operands(*shapes), dtype)

@@ -16,7 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae.attention import window_start
-from mlx_vae_tiling.vae.kernels.products_cpu import copy_numbers, numbers, share
+from mlx_vae_tiling.vae.kernels.products_cpu import copy_numbers, numbers
+from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span, Stride
 
@@ -79,13 +80,13 @@ def attention_numpy(
     arrays = (workspace or Workspace()).take(*own * workers)
 
     def work(tiles: Sequence[Tile], scratch: Sequence[np.ndarray]) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-            for tile in tiles:
-                entry = given[tile.entry], held[tile.entry], result[tile.entry]
-                _attend(*entry, tile, kernel, queries, keys, scratch)
+        for tile in tiles:
+            entry = given[tile.entry], held[tile.entry], result[tile.entry]
+            _attend(*entry, tile, kernel, queries, keys, scratch)
 
     scratch = [arrays[start : start + len(own)] for start in range(0, len(arrays), len(own))]
-    share(work, list(_tiles(len(given), kernel, queries)), scratch)
+    tiles = list(_tiles(len(given), kernel, queries))
+    share(work, tiles, scratch[: len(tiles)])
     return out.astype(q.dtype)
 
 

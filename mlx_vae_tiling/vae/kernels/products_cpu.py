@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span
 
-Item = TypeVar("Item")
 Multiply = Callable[[Sequence[np.ndarray]], np.ndarray]
 """From a worker's arrays, of which the first is a tile (positions, C), to what is made of it."""
 
@@ -186,16 +185,16 @@ def _by_tiles(
 
     def work(tiles: Sequence[Tile], arrays: Sequence[np.ndarray]) -> None:
         given = arrays[0].reshape(SIDE, SIDE, -1)
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever decodes looks at the frames
-            for tile in tiles:
-                part = given[tile.place]
-                if part.size < given.size:
-                    given[...] = 0
-                copy_numbers(source[tile.frame][tile.source], part)
-                made = multiply(arrays).reshape(SIDE, SIDE, -1)
-                result[tile.frame][tile.source] = made[tile.place]
+        for tile in tiles:
+            part = given[tile.place]
+            if part.size < given.size:
+                given[...] = 0
+            copy_numbers(source[tile.frame][tile.source], part)
+            made = multiply(arrays).reshape(SIDE, SIDE, -1)
+            result[tile.frame][tile.source] = made[tile.place]
 
-    share(work, _tiles(region, x.shape[0]), scratch)
+    tiles = _tiles(region, x.shape[0])
+    share(work, tiles, scratch[: len(tiles)])
     # Rounded by whoever evaluates it, when what went in is gone.
     return out.astype(x.dtype)
 
@@ -217,21 +216,6 @@ def _cuts(span: Span) -> list[tuple[slice, slice]]:
         first, last = max(start, span.start), min(start + SIDE, span.stop)
         found.append((slice(first - span.start, last - span.start), slice(first - start, last - start)))
     return found
-
-
-def share(
-    work: Callable[[Sequence[Item], Sequence[np.ndarray]], None],
-    items: Sequence[Item],
-    scratch: Sequence[Sequence[np.ndarray]],
-) -> None:
-    """Has threads do a part of the items each, as many as there are arrays to compute in."""
-    workers = len(scratch)
-    parts = [items[i::workers] for i in range(workers) if items[i::workers]]
-    if len(parts) == 1:
-        work(parts[0], scratch[0])
-        return
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(work, parts, scratch))
 
 
 def numbers(x: mx.array) -> np.ndarray:
