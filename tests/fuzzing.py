@@ -34,12 +34,16 @@ class Outcome:
             assert 10 < len(text) < longest and "\n" not in text, (where, text[:2000])
 
 
+class Hang(Exception):
+    """Nothing came: of no documented type, as the system's own TimeoutError would be."""
+
+
 @contextlib.contextmanager
 def alarm(seconds):
     """Ends what hangs; no test depends on when."""
 
     def ring(number, frame):
-        raise TimeoutError(f"nothing came within {seconds} s")
+        raise Hang(f"nothing came within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

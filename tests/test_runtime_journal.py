@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from fuzzing import alarm
 
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.resuming.journal import Journal
@@ -85,4 +86,10 @@ def test_a_journal_that_another_hand_has_changed_is_refused(tmp_path):
 def test_a_journal_of_nested_brackets_is_named_so(tmp_path):
     (tmp_path / "journal.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="its brackets are nested without end"):
+        read_told(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_journal_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "journal.json")
+    with alarm(10), pytest.raises(ValueError, match="it is no file of a journal's size"):
         read_told(tmp_path)
