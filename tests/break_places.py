@@ -294,7 +294,7 @@ PLACES = [
     *places(
         "runtime/planning/cost.py",
         "runtime_plan runtime_kinds -k cover or once or there_twice",
-        ("copying.add((*held[:number], held[number] + kept,", "copying.add((*held[:number], held[number],"),
+        ("copying.add(frames_with(copied, producer))", "copying.add(frames_with(0, producer))"),
         ("filled = 2 * self._lag + 4 * step", "filled = self._lag // 4"),
         ("ahead = self.backend.pieces_ahead", "ahead = 2 * self.backend.pieces_ahead"),
     ),

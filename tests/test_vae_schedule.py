@@ -14,6 +14,7 @@ from mlx_vae_tiling.vae.schedule import (
     Compute,
     Deliver,
     Forget,
+    HeldLengths,
     Pace,
     Read,
     Step,
@@ -45,6 +46,19 @@ def cases():
         yield version, number, batch, size, random_window(draw, pixels), causal, pace
 
 
+def follow(event, lengths, steps):
+    """Does with numbers what a stream does with frames."""
+    own = lengths[event.step]
+    if isinstance(event, Compute):
+        for producer, _ in steps[event.step].reads:
+            lengths[producer].join()
+        own.add(event.stop - event.start)
+    elif isinstance(event, Forget):
+        own.forget(event.before)
+    else:
+        own.deliver()
+
+
 @pytest.fixture
 def without_cache():
     """A buffer from MLX's cache may be larger than what is asked for, and counts as large as it is."""
@@ -66,9 +80,11 @@ def test_what_is_said_to_be_held_is_held(version, number, batch, size, window, c
     frame = [4 * batch * s.channels * r.area for s, r in zip(steps, regions, strict=True)]
     mx.eval(latents, decoder.parameters())
     before, held = mx.get_active_memory(), [[0, 0] for _ in steps]
+    lengths = [HeldLengths(region.time.start) for region in regions]
     for event in schedule(steps, [region.time for region in regions], Pace(*pace)):
         pieces = stream.carry_out(event)
         span = held[event.step]
+        follow(event, lengths, steps)
         if isinstance(event, Compute):
             span[:] = (span[0] if span[0] < span[1] else event.start), event.stop
         elif isinstance(event, Forget):
@@ -79,6 +95,9 @@ def test_what_is_said_to_be_held_is_held(version, number, batch, size, window, c
             del pieces
         told = [(stop - start) * size for (start, stop), size in zip(held, frame, strict=True)]
         assert told == [frames.nbytes for frames in stream.held]
+        for numbers, frames, size in zip(lengths, stream.held, frame, strict=True):
+            assert [count * size for count in numbers.pieces] == [piece.nbytes for piece in frames.pieces]
+            assert not numbers.pieces or numbers.start == frames.start
         if not options.timestep:  # whose embeddings are computed with the first chunk
             assert mx.get_active_memory() - before == sum(told)
     assert not any(told)

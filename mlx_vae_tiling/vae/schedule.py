@@ -113,6 +113,46 @@ class Pace:
         self.latent_frames = min(self.latent_frames, self.max_chunk_frames)
 
 
+class HeldLengths:
+    """What a step holds, as numbers: the lengths of the pieces in `stream.HeldFrames`, from `start` on.
+
+    Frames that are joined, and those that stay of a piece, are there twice for a moment.
+    """
+
+    def __init__(self, start: int):
+        self.start = start
+        self.pieces: list[int] = []
+
+    @property
+    def frames(self) -> int:
+        return sum(self.pieces)
+
+    def add(self, frames: int) -> None:
+        self.pieces.append(frames)
+
+    def join(self) -> int:
+        """Makes one piece of all; returns how many frames are copied."""
+        if len(self.pieces) < 2:
+            return 0
+        self.pieces = [self.frames]
+        return self.frames
+
+    def forget(self, before: int) -> int:
+        """Drops the frames before `before`; returns how many are copied."""
+        while self.pieces and before > self.start:
+            surplus = min(before - self.start, self.pieces[0])
+            self.start += surplus
+            if surplus < self.pieces[0]:
+                self.pieces[0] -= surplus
+                return self.pieces[0]
+            del self.pieces[0]
+        return 0
+
+    def deliver(self) -> None:
+        """Hands out all frames."""
+        self.pieces = []
+
+
 def regions_of(steps: Sequence[Step], output: Region) -> list[Region]:
     """What each step has to compute for a region of the last one's output."""
     axes = (spans_of(steps, axis, span) for axis, span in enumerate(output))

@@ -13,7 +13,15 @@ from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions
 from mlx_vae_tiling.vae.regions import Region, Span
-from mlx_vae_tiling.vae.schedule import Deliver, Forget, Pace, frames_per_latent, schedule, spans_of
+from mlx_vae_tiling.vae.schedule import (
+    Deliver,
+    Forget,
+    HeldLengths,
+    Pace,
+    frames_per_latent,
+    schedule,
+    spans_of,
+)
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -79,7 +87,7 @@ class Trace(NamedTuple):
     Attributes:
         chunks: What is computed.
         computing: Before a chunk is computed: its index in `chunks`, then the frames of every step.
-        copying: While frames that stay are copied out of those that go.
+        copying: While frames are joined, or those that stay are copied out of those that go.
         between: Between two pieces of the output.
         read: Frames of its main input that each step reads, all chunks together.
     """
@@ -234,26 +242,30 @@ class CostModel:
     def _traced(self, times: tuple[Span, ...], step: int, cap: int | None) -> Trace:
         """Runs a schedule with numbers of frames in place of frames."""
         count = len(self.steps)
-        held, start = [0] * count, [span.start for span in times]
+        held = [HeldLengths(span.start) for span in times]
         read = np.zeros(count, np.int64)
         numbers: dict[tuple[int, ...], int] = {}
         chunks: list[Chunk] = []
         computing: set[tuple[int, ...]] = set()
         copying: set[tuple[int, ...]] = set()
-        between: set[tuple[int, ...]] = {tuple(held)}
+        between: set[tuple[int, ...]] = {(0,) * count}
+
+        def frames_with(copied: int, number: int) -> tuple[int, ...]:
+            return tuple(each.frames + copied * (i == number) for i, each in enumerate(held))
+
         for event in schedule(self.steps, times, Pace(step, cap)):
             number = event.step
             if isinstance(event, Forget):
-                kept = start[number] + held[number] - event.before
-                if kept:
-                    # For a moment what is kept is there twice.
-                    copying.add((*held[:number], held[number] + kept, *held[number + 1 :]))
-                held[number], start[number] = kept, event.before
+                if copied := held[number].forget(event.before):
+                    copying.add(frames_with(copied, number))
                 continue
             if isinstance(event, Deliver):
-                held[number] = 0
-                between.add(tuple(held))
+                held[number].deliver()
+                between.add(frames_with(0, number))
                 continue
+            for producer, _ in self.steps[number].reads:
+                if copied := held[producer].join():
+                    copying.add(frames_with(copied, producer))
             output = times[number]._replace(start=event.start, stop=event.stop)
             seen = [need.along(0, output).length for _, need in self.steps[number].reads]
             read[number] += seen[0] if seen else 0
@@ -261,7 +273,7 @@ class CostModel:
             if kind not in numbers:
                 numbers[kind] = len(chunks)
                 chunks.append(Chunk(*event))
-            computing.add((numbers[kind], *held))
-            held[number] += output.length
+            computing.add((numbers[kind], *frames_with(0, number)))
+            held[number].add(output.length)
         told = [np.array(list(found), np.int64) for found in (computing, copying, between)]
         return Trace(chunks, told[0], told[1], told[2], read)
