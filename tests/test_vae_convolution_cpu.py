@@ -9,12 +9,12 @@ import pytest
 
 from mlx_vae_tiling.vae.kernels import winograd, winograd_kernel
 from mlx_vae_tiling.vae.kernels.convolution_cpu import (
-    bits_of,
     choose_form,
     convolve_numpy,
     convolve_rows,
     workspace_bytes,
 )
+from mlx_vae_tiling.vae.kernels.numbers import numbers
 from mlx_vae_tiling.vae.kernels.rows import Rows, activate, row_buffers
 from mlx_vae_tiling.vae.kernels.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.kernels.workers import idle_cores
@@ -229,7 +229,7 @@ def test_rows_in_half_precision_are_those_of_the_same_numbers(activation, dtype,
     for padding in ((0, 0, 0, 0), (1, 1, 1, 1)):
         read = []
         for frames in (x, x.astype(mx.float32)):
-            rows = Rows(list(bits_of(frames)), padding, "reflect", activation)
+            rows = Rows(list(numbers(frames)), padding, "reflect", activation)
             buffers = (np.full(s, np.nan, np.float32) for s in row_buffers(*rows.shape))
             read.append(rows.read(1, 2, 7, *buffers))
         assert read[0].dtype == np.float32 and np.array_equal(*read)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vae_tiling.vae.attention import window_start
-from mlx_vae_tiling.vae.kernels.products_cpu import copy_numbers, numbers
+from mlx_vae_tiling.vae.kernels.numbers import numbers, widen
 from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span, Stride
@@ -186,7 +186,7 @@ def _lay(source: np.ndarray, target: np.ndarray, place: tuple[slice, ...]) -> No
     part = target[:, rows, columns]
     if part.size < target.size:
         target[...] = 0
-    copy_numbers(source.transpose(2, 0, 1, 3), part)
+    widen(source.transpose(2, 0, 1, 3), part)
 
 
 def _first(buffer: np.ndarray, shape: Shape) -> np.ndarray:

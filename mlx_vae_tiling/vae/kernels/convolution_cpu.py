@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_vae_tiling.vae.blocks import PaddingMode
 from mlx_vae_tiling.vae.kernels import winograd
+from mlx_vae_tiling.vae.kernels.numbers import numbers
 from mlx_vae_tiling.vae.kernels.rows import Activation, Rows, row_buffers
 from mlx_vae_tiling.vae.kernels.winograd_kernel import TILE_HEIGHT, TILE_WIDTH
 from mlx_vae_tiling.vae.kernels.workers import share
@@ -142,7 +143,7 @@ def convolve_numpy(
     """
     b, t, h, w, _ = x.shape
     (before, after), (top, bottom, left, right) = replicas, padding
-    given = bits_of(x)
+    given = numbers(x)
     weight32, bias32 = _as_numpy(weight, bias)
     out = mx.zeros((b, before + t + after - 2, h + top + bottom - 2, w + left + right - 2, len(weight)))
     mx.eval(out)
@@ -162,11 +163,6 @@ def convolve_numpy(
         )
     # Rounded by whoever evaluates it, when what went in is gone.
     return out.astype(x.dtype)
-
-
-def bits_of(x: mx.array) -> np.ndarray:
-    """NumPy's view of an array's buffer; of bfloat16, which it does not know, the bits."""
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
 def _as_numpy(*arrays: mx.array) -> list[np.ndarray]:

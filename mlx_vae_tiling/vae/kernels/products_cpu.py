@@ -16,6 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_vae_tiling.vae.kernels.numbers import numbers, widen
 from mlx_vae_tiling.vae.kernels.workers import share
 from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
 from mlx_vae_tiling.vae.regions import Region, Span
@@ -157,20 +158,18 @@ def _taken(
     """The weights (C, O) in float32, and each worker's arrays."""
     mx.eval(*weights)
     itemsize = weights[0].dtype.size
-    copies = _copies(itemsize, *(tuple(w.shape) for w in weights))
-    arrays = (workspace or Workspace()).take(*copies, *own * workers)
-    free, matrices = iter(arrays), []
+    copies, scratch = (workspace or Workspace()).share_out(
+        workers, own, _copies(itemsize, *(tuple(w.shape) for w in weights))
+    )
+    free, matrices = iter(copies), []
     for weight in weights:
         matrix = numbers(weight).T
         if _turned(weight.shape):
-            copy_numbers(matrix, copy := next(free))
-            matrix = copy
+            matrix = widen(matrix, next(free))
         elif itemsize < 4:
-            copy_numbers(matrix.T, copy := next(free))
-            matrix = copy.T
+            matrix = widen(matrix.T, next(free)).T
         matrices.append(matrix)
-    count, scratch = len(own), list(free)
-    return matrices, [scratch[start : start + count] for start in range(0, len(scratch), count)]
+    return matrices, scratch
 
 
 def _by_tiles(
@@ -189,7 +188,7 @@ def _by_tiles(
             part = given[tile.place]
             if part.size < given.size:
                 given[...] = 0
-            copy_numbers(source[tile.frame][tile.source], part)
+            widen(source[tile.frame][tile.source], part)
             made = multiply(arrays).reshape(SIDE, SIDE, -1)
             result[tile.frame][tile.source] = made[tile.place]
 
@@ -216,18 +215,3 @@ def _cuts(span: Span) -> list[tuple[slice, slice]]:
         first, last = max(start, span.start), min(start + SIDE, span.stop)
         found.append((slice(first - span.start, last - span.start), slice(first - start, last - start)))
     return found
-
-
-def numbers(x: mx.array) -> np.ndarray:
-    """NumPy's view of an array's buffer; bfloat16 as unsigned integers, which `copy_numbers` understands."""
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
-
-
-def copy_numbers(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies what `numbers` gave, or a part of it, into an array of float32."""
-    if source.dtype == np.uint16:
-        bits = target.view(np.uint32)
-        bits[...] = source
-        bits <<= 16
-    else:
-        target[...] = source

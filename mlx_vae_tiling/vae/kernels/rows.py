@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mlx_vae_tiling.vae.blocks import PaddingMode
+from mlx_vae_tiling.vae.kernels.numbers import widen
 from mlx_vae_tiling.vae.kernels.workspace import Shape
 
 PIXEL_NORM_EPS = 1e-8
@@ -75,15 +76,6 @@ class Rows:
                 lines[0] = 0 if self.mode == "zeros" else lines[2]
             if after:
                 lines[-1] = 0 if self.mode == "zeros" else lines[-3]
-
-
-def widen(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Copies float32, float16, or the bits of bfloat16 as uint16, to float32."""
-    if x.dtype == np.uint16:
-        np.left_shift(x, np.uint32(16), out=out.view(np.uint32))
-    else:
-        out[...] = x
-    return out
 
 
 def row_buffers(rows: int, width: int, channels: int) -> tuple[Shape, Shape]:
