@@ -14,7 +14,10 @@ def numbers(x: mx.array) -> np.ndarray:
 def widen(x: np.ndarray, out: np.ndarray) -> np.ndarray:
     """Copies what `numbers` gave, or a part of it, into an array of float32."""
     if x.dtype == np.uint16:
-        np.left_shift(x, np.uint32(16), out=out.view(np.uint32))
+        # Copied and then shifted where it lies: NumPy would shift and widen through a buffer of its own.
+        bits = out.view(np.uint32)
+        bits[...] = x
+        np.left_shift(bits, np.uint32(16), out=bits)
     else:
         out[...] = x
     return out
