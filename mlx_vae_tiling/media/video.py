@@ -161,7 +161,7 @@ def _pattern(path: str, create: bool) -> str:
         return path
     if create:
         os.makedirs(path, exist_ok=True)
-    return os.path.join(path.replace("%", "%%"), "frame_%05d.png")
+    return os.path.join(path, "frame_%05d.png")
 
 
 def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: float | None) -> Movie:
