@@ -6,6 +6,7 @@ follow; a thread writes beside whatever makes the frames.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import replace
@@ -17,7 +18,7 @@ from .audio import open_sound
 from .movie import Movie, frames_in_movie, open_movie
 from .npy import frames_in_npy, open_npy
 from .places import partial_path, same_file
-from .png import first_png, frames_in_png, open_png
+from .png import first_png, frames_in_png, numbered, numbers, open_png
 from .writer import VideoWriter
 
 _CODECS = {".mp4": ("h264", "hevc"), ".mov": ("prores", "h264", "hevc")}
@@ -103,12 +104,19 @@ def open_video(
 def unfinished_frames(path: str | os.PathLike[str]) -> tuple[str, int] | None:
     """Where an unfinished output of this name is kept, and how many of its frames; None if there is none.
 
-    What a kill has cut off at its end is removed, so it must not be asked while the output is written.
+    What a kill has cut off at its end is removed, all of it if no frame is whole, so it must not be asked
+    while the output is written.
     """
     path, kind = os.fspath(path), _kind(os.fspath(path))
     path = _pattern(path, create=False) if kind == ".png" else os.path.realpath(path)
     count = {".npy": frames_in_npy, ".png": frames_in_png}.get(kind, frames_in_movie)(path)
-    return (partial_path(path), count) if count else None
+    beside = partial_path(path)
+    if count:
+        return beside, count
+    for cut in (numbered(beside, n) for n in numbers(beside)) if kind == ".png" else [beside]:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(cut)
+    return None
 
 
 def first_file(path: str | os.PathLike[str]) -> str:
@@ -196,7 +204,8 @@ def _check_av(path: str) -> None:
 
 
 def _check_writable(path: str) -> None:
-    parent = os.path.dirname(path.rstrip("/" + os.sep) or path) or "."
+    target = os.path.realpath(path) if os.path.islink(path) else path
+    parent = os.path.dirname(target.rstrip("/" + os.sep) or target) or "."
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "no such directory to write in, create it first", parent)
     if not os.access(path if os.path.exists(path) else parent, os.W_OK):
