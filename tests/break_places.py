@@ -135,7 +135,7 @@ PLACES = [
         "vae/regions.py",
         "vae_schedule vae_windows cli_messages",
         ("max(span.start - before, 0)", "max(span.start - before + 1, 0)"),
-        ("dropped = factor - 1 if axis == 0 else 0", "dropped = 0"),
+        ("return self.factors[0] - 1 if", "return 0 if"),
         ("span.size - kernel)\n", "span.size)\n"),
         ("or not 0 <= start < stop <= size:", "or not 0 <= start <= stop <= size:"),
     ),
@@ -144,7 +144,6 @@ PLACES = [
         "vae_schedule vae_tiny vae_diffusion",
         ("before = 0 if axis == 0 else", "before = 0 if axis >= 0 else"),
         ("self.later.along(axis, span)", "span"),
-        ("(self.frames, 0) if axis == 0", "(0, 0) if axis == 0"),
     ),
     *places(
         "vae/schedule.py",
@@ -155,7 +154,7 @@ PLACES = [
     *places(
         "vae/stream.py",
         "vae_streaming vae_schedule",
-        ("cut(first, {1: slice(surplus, frames)})", "first[:, surplus:]"),
+        ("cut(first, [slice(surplus, frames)])", "first[:, surplus:]"),
         ("self.start += surplus", "self.start += frames"),
     ),
     *places(
@@ -189,7 +188,7 @@ PLACES = [
     *places(
         "vae/layers.py",
         "vae_parity vae_windows -k step1 or corners or matters",
-        ("return cut(y, parts)", "return y"),
+        ("return cut(y, Upsampling(self.stride).slices(where.inputs[0], where.output))", "return y"),
         (
             "origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)",
             "origin = coarse.start * factor",

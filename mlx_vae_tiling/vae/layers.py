@@ -282,13 +282,7 @@ class DepthToSpaceUpsample(nn.Module):
     def _rearranged(self, inputs: Inputs, where: Where) -> mx.array:
         skip = inputs[1] if self._repeats else None
         y = where.backend.upsample(inputs[0], skip, self.stride, self._repeats)
-        parts = {}
-        for axis, (coarse, fine, factor) in enumerate(
-            zip(where.inputs[0], where.output, self.stride, strict=True), start=1
-        ):
-            origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)
-            parts[axis] = slice(fine.start - origin, fine.stop - origin)
-        return cut(y, parts)
+        return cut(y, Upsampling(self.stride).slices(where.inputs[0], where.output))
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * math.prod(self.stride) * self._out

@@ -15,7 +15,7 @@ from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.kernels.convolution_gpu import fold
 from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
-from mlx_vae_tiling.vae.regions import Convolution, Region
+from mlx_vae_tiling.vae.regions import Region
 from mlx_vae_tiling.vae.schedule import Pace, Step, frames_per_latent, regions_of
 
 ERROR_SIDE = 68
@@ -65,10 +65,9 @@ def work_of(
     pace = Pace(latent_frames, max_chunk_frames)
     found: dict[Level, Work] = {}
     for step, region, scale in zip(steps, regions_of(steps, output), frames_per_latent(steps), strict=True):
-        if not step.operations or not isinstance(step.reads[0].need, Convolution):
+        if step.kernel is None:
             continue
-        channels = step.operations // (54 * step.channels), step.channels
-        level = Level(region.height.length, region.width.length, *channels)
+        level = Level(region.height.length, region.width.length, *step.kernel)
         frames = min(pace.limit(scale), region.time.length)
         before = found.get(level, Work(level, frames, 0))
         found[level] = before._replace(operations=before.operations + step.operations * region.volume)
@@ -192,7 +191,7 @@ def pass_rates(level: Level, frames: int, dtype: mx.Dtype) -> list[Pass]:
         "zeros around": lambda: surround(x, (1, 1), (1, 1)),
         "reflection around": lambda: mirrored(x, (1, 1), (1, 1)),
         "fold in time": lambda: mx.contiguous(fold(x, parts)),
-        "copy of the last frames": lambda: cut(x, {1: slice(frames // 2, frames + 2)}),
+        "copy of the last frames": lambda: cut(x, [slice(frames // 2, frames + 2)]),
     }
     kept = (frames + 2 - frames // 2) / (frames + 2)
     folded = (frames + 2 * parts) / (frames + 2)
