@@ -136,7 +136,7 @@ PLACES = [
         "vae_schedule vae_windows cli_messages",
         ("max(span.start - before, 0)", "max(span.start - before + 1, 0)"),
         ("return self.factors[0] - 1 if", "return 0 if"),
-        ("span.size - kernel)\n", "span.size)\n"),
+        ("0), size - kernel)", "0), size)"),
         ("or not 0 <= start < stop <= size:", "or not 0 <= start <= stop <= size:"),
     ),
     *places(

@@ -143,6 +143,11 @@ class Upsampling(Need):
         return self.factors[0] - 1 if self.drops_first and axis == 0 else 0
 
 
+def window_start(position: int, kernel: int, size: int) -> int:
+    """Where the window of a position starts, on an axis at least as long as the kernel."""
+    return min(max(position - kernel // 2, 0), size - kernel)
+
+
 @dataclass(frozen=True)
 class Attention(Need):
     """A neighbourhood of `kernel` positions around its own, shifted inward at the borders."""
@@ -151,10 +156,7 @@ class Attention(Need):
 
     def along(self, axis: int, span: Span) -> Span:
         kernel = min(self.kernel[axis], span.size)
-        first, last = (
-            min(max(position - kernel // 2, 0), span.size - kernel)
-            for position in (span.start, span.stop - 1)
-        )
+        first, last = (window_start(n, kernel, span.size) for n in (span.start, span.stop - 1))
         return Span(first, last + kernel, span.size)
 
 
