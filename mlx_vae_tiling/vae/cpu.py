@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
+from mlx_vae_tiling.vae.backend import Backend, BackendName
 from mlx_vae_tiling.vae.backend_layers import CPULayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
@@ -156,14 +156,15 @@ class CPUBackend(CPULayerBackend, Backend):
         mx.eval(x)
         return x
 
-    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+    def convolution_bytes(self, operands: Operands, frames: int, activated: bool) -> int:
         """What comes out, in half precision with the kernel in float32; unless fused also what goes in."""
+        itemsize, padded, made = operands.itemsize, operands.padded, operands.made
         if self._fuses:
-            return 4 * size.made if itemsize == 4 else max(4 * (size.weights + size.made), 6 * size.made)
-        activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
-        convolving = 4 * (size.padded + size.made)
+            return 4 * made if itemsize == 4 else max(4 * (operands.weights + made), 6 * made)
+        activating = itemsize * padded + activated * 2 * 4 * min(operands.given_frame, BLOCK_ELEMENTS)
+        convolving = 4 * (padded + made)
         if itemsize == 2:
-            convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
+            convolving = max(convolving + 2 * padded + 4 * operands.weights, 6 * made)
         return max(activating, convolving)
 
     def workspace_bytes(self, operands: Operands) -> int:

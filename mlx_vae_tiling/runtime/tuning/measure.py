@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_vae_tiling.runtime.tuning.choices import Level, Machine, Trial
-from mlx_vae_tiling.vae.backend import Backend, ConvolutionSize
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.kernels.convolution_gpu import fold
 from mlx_vae_tiling.vae.kernels.operands import Operands
@@ -146,12 +146,10 @@ def measure_form(backend: Backend, form: ConvolutionForm, sample: Sample, repeat
 def sample_bytes(backend: Backend, form: ConvolutionForm, level: Level, frames: int, dtype: mx.Dtype) -> int:
     """What measuring a form at a level takes: operands, weights in float32 too, and what the form takes."""
     h, w, c, o = level
-    given, made, weights = (frames + 2) * h * w * c, frames * h * w * o, 27 * c * o
     operands = Operands(1, frames, h, w, c, o, dtype.size, ((0, 0), AROUND.rows, AROUND.columns))
-    padded = (frames + 2) * (h + 2) * (w + 2) * c
-    size = ConvolutionSize(given, h * w * c, padded, made, weights, False, operands)
-    taken = replace(backend, form=form).convolution_bytes(size, dtype.size)
-    return taken + dtype.size * (given + weights) + 4 * weights
+    taken = replace(backend, form=form).convolution_bytes(operands, frames + 2, activated=False)
+    given = (frames + 2) * operands.given_frame
+    return taken + dtype.size * (given + operands.weights) + 4 * operands.weights
 
 
 def operations_of(level: Level, frames: int) -> float:
