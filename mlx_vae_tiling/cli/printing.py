@@ -1,4 +1,4 @@
-"""What commands print: text for people, or fields as JSON for programs; errors and warnings in one line."""
+"""What commands print: text for people, or fields as JSON for programs; one line for errors; figures."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def print_error(text: str) -> None:
 def print_warning(text: str) -> None:
     """Prints what may be wrong as one line to stderr."""
     print(f"{NAME}: warning: {text}", file=sys.stderr)
+
+
+def new_figure(**options: Any) -> Any:
+    """An empty Matplotlib figure.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need Matplotlib: pip install 'mlx_vae_tiling[figures]'") from error
+    return Figure(**options)
 
 
 def plan_fields(plan: DecodePlan) -> dict[str, Any]:

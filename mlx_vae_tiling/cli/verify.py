@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
 from mlx_vae_tiling.cli.options import parse_tiling, parse_window
 from mlx_vae_tiling.cli.plan import add_planning
-from mlx_vae_tiling.cli.printing import plan_fields, print_result
+from mlx_vae_tiling.cli.printing import new_figure, plan_fields, print_result
 from mlx_vae_tiling.runtime.verification.compare import Score
 from mlx_vae_tiling.runtime.verification.verification import SEAM_DB, VISIBLE_DB, Verification
 from mlx_vae_tiling.runtime.verification.verify import verify_decode
@@ -132,19 +132,9 @@ def score_fields(score: Score) -> dict[str, Any]:
     }
 
 
-def _require_matplotlib() -> Any:
-    try:
-        import matplotlib.figure as figure
-    except ImportError as error:
-        raise ImportError(
-            "--map and --plot need Matplotlib: pip install 'mlx_vae_tiling[figures]'"
-        ) from error
-    return figure
-
-
 def _require_drawable(path: str) -> None:
     """Raises before anything is decoded what drawing a picture of this name would raise after it."""
-    kinds = _require_matplotlib().Figure().canvas.get_supported_filetypes()
+    kinds = new_figure().canvas.get_supported_filetypes()
     if os.path.splitext(path)[1][1:].lower() not in kinds:
         raise ValueError(f"a picture must end in .{', .'.join(sorted(kinds))}, got {path}")
     folder = os.path.dirname(path) or "."
@@ -159,7 +149,7 @@ def draw_map(result: Verification, path: str) -> None:
         ImportError: If Matplotlib is not installed.
     """
     height, width = result.rms.shape
-    figure = _require_matplotlib().Figure(figsize=(8, 8 * height / width + 1), layout="constrained")
+    figure = new_figure(figsize=(8, 8 * height / width + 1), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(result.rms, cmap="magma", interpolation="nearest", vmin=0)
     text, share = "root mean square difference, levels of 255", 0.05 * height / width
@@ -178,7 +168,7 @@ def draw_frames(result: Verification, path: str) -> None:
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    figure = _require_matplotlib().Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6), layout="constrained")
     psnr, ssim = figure.subplots(2, sharex=True)
     parts = {"all": result.frames}
     if result.seams:
