@@ -95,18 +95,6 @@ def block_for(kernel: Stride, queries: Stride, copying: int) -> Stride:
     return min(blocks, key=lambda block: (cost(block), block))
 
 
-def attention_pairs(kernel: Stride, queries: Region, block: Stride) -> int:
-    """Pairs of a query and a key whose product is computed for a region of queries."""
-    sums = [sum(b.repeats * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries, block)]
-    return math.prod(sums)
-
-
-def attention_excess(kernel: Stride, queries: Region, block: Stride) -> float:
-    """Products that are computed over those that are needed."""
-    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
-    return attention_pairs(kernel, queries, block) / math.prod(needed)
-
-
 def _axes(kernel: Stride, queries: Region, block: Stride) -> list[tuple[Blocks, ...]]:
     # In time chunks begin anywhere; in space aligned blocks are the same in every window.
     return [blocks_of(queries[axis], kernel[axis], block[axis], aligned=axis > 0) for axis in range(3)]
