@@ -137,6 +137,7 @@ PLACES = [
         ("max(span.start - before, 0)", "max(span.start - before + 1, 0)"),
         ("return self.factors[0] - 1 if", "return 0 if"),
         ("0), size - kernel)", "0), size)"),
+        ("(after, before.start * factor - self._dropped(axis))", "(after, before.start * factor)"),
         ("or not 0 <= start < stop <= size:", "or not 0 <= start <= stop <= size:"),
     ),
     *places(
@@ -160,10 +161,10 @@ PLACES = [
     *places(
         "vae/options.py",
         "vae_options runtime_run -k noise or seed or options",
-        ("for frame in range(first + region.time.start,", "for frame in range(region.time.start,"),
+        ("frames = range(first + region.time.start,", "frames = range(region.time.start,"),
         (
-            "whole = mx.random.normal((self.size[0] * scale",
-            "whole = 0.5 * mx.random.normal((self.size[0] * scale",
+            "return mx.random.normal(size, key=self._key(1,",
+            "return 0.5 * mx.random.normal(size, key=self._key(1,",
         ),
         ("if not 0 <= self.noise_scale <= 1:", "if not 0 <= self.noise_scale:"),
         ("or not 0 <= self.seed < 2**64:", "or not 0 <= self.seed:"),
@@ -189,17 +190,13 @@ PLACES = [
         "vae/layers.py",
         "vae_parity vae_windows -k step1 or corners or matters",
         ("return cut(y, Upsampling(self.stride).slices(where.inputs[0], where.output))", "return y"),
-        (
-            "origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)",
-            "origin = coarse.start * factor",
-        ),
         ("inputs[1] if self._repeats else None", "None"),
     ),
     *places(
         "vae/decoder.py",
         "vae_parity vae_windows -k step1 or unnormalised or mixes or corners",
         ("z = (1 - scale) * z * std", "z = z * std"),
-        ("3, source.height, output.height", "3, source.height, source.height"),
+        ("slices(where.inputs[0], where.output)", "slices(where.inputs[0], where.output)[:2]"),
         ("z = z if options.normalized else (z - mean) / std", "z = z"),
     ),
     *places(
