@@ -21,6 +21,8 @@ from .png import first_png, frames_in_png, open_png
 from .writer import VideoWriter
 
 _CODECS = {".mp4": ("h264", "hevc"), ".mov": ("prores", "h264", "hevc")}
+# FFmpeg 8.1, PyAV 17.1. The muxer of earlier ones leaves a video made in fragments empty when it is closed.
+_LIBAVFORMAT = (62, 12)
 _NTSC_RATES = tuple(Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -66,7 +68,7 @@ def open_video(
 
     Raises:
         FileExistsError: There is an output of this name, finished or not.
-        ModuleNotFoundError: PyAV is needed and not installed.
+        ImportError: PyAV is needed and not installed, or, for .mp4 and .mov, too old.
         OSError: The place to write to is missing or not writable, or there is no such file with sound.
         ValueError: The suffix, codec, rate, quality or sound cannot be used, or do not fit what is continued.
 
@@ -173,6 +175,7 @@ def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: f
     if quality is not None and not 1 <= quality <= 51:
         raise ValueError(f"quality must be between 1 (best) and 51, got {quality}")
     _check_av(path)
+    _check_muxer(path)
     return Movie(suffix[1:], codec, rate, quality or 18)
 
 
@@ -193,6 +196,16 @@ def _check_av(path: str) -> None:
         raise ModuleNotFoundError(
             f"writing {path} needs PyAV: pip install 'mlx_vae_tiling[video]'"
         ) from error
+
+
+def _check_muxer(path: str) -> None:
+    import av
+
+    if av.library_versions["libavformat"] < _LIBAVFORMAT:
+        raise ImportError(
+            f"writing {path} needs PyAV 17.1 or later, with FFmpeg 8.1: pip install -U 'av>=17.1'; "
+            f"this is {av.__version__}"
+        )
 
 
 def _check_writable(path: str) -> None:
