@@ -1,4 +1,4 @@
-"""What callers pass: of the right kind, or an error of one line that names it."""
+"""What callers pass: of the right kind, or an error of one line that names it; errors in one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ def told(value: object) -> str:
     """A value as errors tell it: one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error as users and other ranks are told it: one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def require(name: str, value: object, kinds: str, *types: Any) -> None:

@@ -135,8 +135,9 @@ PLACES = [
         "vae/regions.py",
         "vae_schedule vae_windows cli_messages",
         ("max(span.start - before, 0)", "max(span.start - before + 1, 0)"),
-        ("dropped = factor - 1 if axis == 0 else 0", "dropped = 0"),
-        ("span.size - kernel)\n", "span.size)\n"),
+        ("return self.factors[0] - 1 if", "return 0 if"),
+        ("0), size - kernel)", "0), size)"),
+        ("(after, before.start * factor - self._dropped(axis))", "(after, before.start * factor)"),
         ("or not 0 <= start < stop <= size:", "or not 0 <= start <= stop <= size:"),
     ),
     *places(
@@ -144,7 +145,6 @@ PLACES = [
         "vae_schedule vae_tiny vae_diffusion",
         ("before = 0 if axis == 0 else", "before = 0 if axis >= 0 else"),
         ("self.later.along(axis, span)", "span"),
-        ("(self.frames, 0) if axis == 0", "(0, 0) if axis == 0"),
     ),
     *places(
         "vae/schedule.py",
@@ -155,16 +155,16 @@ PLACES = [
     *places(
         "vae/stream.py",
         "vae_streaming vae_schedule",
-        ("cut(first, {1: slice(surplus, frames)})", "first[:, surplus:]"),
+        ("cut(first, [slice(surplus, frames)])", "first[:, surplus:]"),
         ("self.start += surplus", "self.start += frames"),
     ),
     *places(
         "vae/options.py",
         "vae_options runtime_run -k noise or seed or options",
-        ("for frame in range(first + region.time.start,", "for frame in range(region.time.start,"),
+        ("frames = range(first + region.time.start,", "frames = range(region.time.start,"),
         (
-            "whole = mx.random.normal((self.size[0] * scale",
-            "whole = 0.5 * mx.random.normal((self.size[0] * scale",
+            "return mx.random.normal(size, key=self._key(1,",
+            "return 0.5 * mx.random.normal(size, key=self._key(1,",
         ),
         ("if not 0 <= self.noise_scale <= 1:", "if not 0 <= self.noise_scale:"),
         ("or not 0 <= self.seed < 2**64:", "or not 0 <= self.seed:"),
@@ -189,18 +189,14 @@ PLACES = [
     *places(
         "vae/layers.py",
         "vae_parity vae_windows -k step1 or corners or matters",
-        ("return cut(y, parts)", "return y"),
-        (
-            "origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)",
-            "origin = coarse.start * factor",
-        ),
+        ("return cut(y, Upsampling(self.stride).slices(where.inputs[0], where.output))", "return y"),
         ("inputs[1] if self._repeats else None", "None"),
     ),
     *places(
         "vae/decoder.py",
         "vae_parity vae_windows -k step1 or unnormalised or mixes or corners",
         ("z = (1 - scale) * z * std", "z = z * std"),
-        ("3, source.height, output.height", "3, source.height, source.height"),
+        ("slices(where.inputs[0], where.output)", "slices(where.inputs[0], where.output)[:2]"),
         ("z = z if options.normalized else (z - mean) / std", "z = z"),
     ),
     *places(

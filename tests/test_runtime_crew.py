@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
+from mlx_vae_tiling.arguments import one_line
 from mlx_vae_tiling.runtime.ranks import crew as crews
 from mlx_vae_tiling.runtime.ranks import meeting
-from mlx_vae_tiling.runtime.ranks.crew import Crew, RankError, told
+from mlx_vae_tiling.runtime.ranks.crew import Crew, RankError
 from mlx_vae_tiling.runtime.ranks.wire import MOST_FIELD_BYTES, Wire
 
 pytestmark = pytest.mark.cpu
@@ -126,9 +127,9 @@ def test_who_leaves_well_is_not_lost(three):
 
 
 def test_what_is_told_of_an_error():
-    assert told(KeyboardInterrupt()) == "interrupted"
-    assert told(FileNotFoundError(2, "No such file", "a.npy")) == "a.npy: No such file"
-    assert told(ValueError("a\n  b")) == "a b" and told(ValueError()) == "ValueError"
+    assert one_line(KeyboardInterrupt()) == "interrupted"
+    assert one_line(FileNotFoundError(2, "No such file", "a.npy")) == "a.npy: No such file"
+    assert one_line(ValueError("a\n  b")) == "a b" and one_line(ValueError()) == "ValueError"
 
 
 def accepting(listener, missing):

@@ -54,10 +54,6 @@ def tuning():
 def test_form_of_a_decode(tuning):
     assert tuning.form(MACHINE, LEVEL, "folded") == "winograd32"
     assert tuning.form(MACHINE, OTHER, "folded") == "folded"
-    assert tuning.form(MACHINE, LEVEL, "folded", no_tune=True) == "folded"
-    assert tuning.form(MACHINE, LEVEL, "folded", pinned="stock") == "stock"
-    assert tuning.form(MACHINE, LEVEL, "folded", pinned="stock", no_tune=True) == "stock"
-    assert tuning.form(MACHINE, LEVEL, "folded", fits=lambda form: form != "winograd32") == "gemm"
 
 
 @pytest.mark.parametrize("change", [{"device": "Apple M5"}, {"mlx_version": "0.33.0"}, {"dtype": "float32"}])

@@ -1,14 +1,13 @@
 """Neighbourhood attention and rotary positions equal a float64 transcription of their definitions."""
 
 import itertools
+import math
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_vae_tiling.vae.attention import (
-    attention_excess,
-    attention_pairs,
     block_for,
     blocks_of,
     neighbourhood_attention,
@@ -58,6 +57,18 @@ def expected(q, kv, kernel):
 
 def whole(size):
     return Region(*(Span(0, n, n) for n in size))
+
+
+def attention_pairs(kernel, queries, block):
+    """Pairs of a query and a key whose product is computed for a region of queries."""
+    sizes = zip(queries, kernel, block, (False, True, True), strict=True)
+    return math.prod(sum(b.repeats * b.queries * b.keys for b in blocks_of(*size)) for size in sizes)
+
+
+def attention_excess(kernel, queries, block):
+    """Products that are computed over those that are needed."""
+    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
+    return attention_pairs(kernel, queries, block) / math.prod(needed)
 
 
 def part_of(x, region):

@@ -4,8 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vae_tiling.vae.convolution import FORMS, convolve
+from mlx_vae_tiling.vae.convolution import convolve
 from mlx_vae_tiling.vae.kernels import convolution_cpu
+
+FORMS = ("stock", "blocked", "numpy", "folded")
 
 # (batch, frames, height, width, channels in, channels out) of the output. NumPy's form changes its
 # method above 32 channels and, with them, where a frame has 32 tiles of 4x2; above 4096 positions it

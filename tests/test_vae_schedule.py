@@ -165,7 +165,7 @@ def brute_force(need, axis, span):
             seen.update(range(position - before, position + after + 1))
         elif isinstance(need, Upsampling):
             factor = need.factors[axis]
-            seen.add((position + (factor - 1 if axis == 0 else 0)) // factor)
+            seen.add((position + (factor - 1 if axis == 0 and need.drops_first else 0)) // factor)
         else:
             kernel = need.kernel[axis]
             middle = min(max(position, kernel // 2), span.size - 1 - kernel // 2)
@@ -177,7 +177,8 @@ def brute_force(need, axis, span):
 @pytest.mark.parametrize(
     "need",
     [
-        *(Same(), Convolution((1, 1)), Convolution((2, 0)), Upsampling((2, 2, 2)), Upsampling((1, 4, 4))),
+        *(Same(), Convolution((1, 1)), Convolution((2, 0)), Convolution((1, 0)), Convolution((0, 0))),
+        *(Upsampling((2, 2, 2)), Upsampling((1, 4, 4)), Upsampling((2, 2, 2), drops_first=False)),
         *(Attention((3, 7, 7)), Attention((11, 11, 11))),
     ],
     ids=str,
@@ -185,7 +186,7 @@ def brute_force(need, axis, span):
 def test_needs_are_what_positions_see(need, axis):
     factor = need.stride[axis]
     for size in (11 * factor, 13 * factor, 24 * factor):
-        size -= factor - 1 if axis == 0 else 0
+        size -= factor - 1 if axis == 0 and getattr(need, "drops_first", True) else 0
         for start, stop in ((a, b) for a in range(size) for b in range(a + 1, size + 1)):
             span = need.along(axis, Span(start, stop, size))
             expected = brute_force(need, axis, Span(start, stop, size)) & set(range(span.size))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli import NAME
-from mlx_vae_tiling.cli.figures import matplotlib_figure, require_drawable
+from mlx_vae_tiling.cli.figures import new_figure, require_drawable
 from mlx_vae_tiling.cli.options import SOURCE, parse_config
 from mlx_vae_tiling.cli.printing import plan_fields, print_news, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
@@ -161,7 +161,7 @@ def draw_memory(result: Bench, path: str) -> None:
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    figure = matplotlib_figure().Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for one in result.decodes:
         axes.plot([t for t, _ in one.memory], [held / 1e9 for _, held in one.memory], label=one.name, lw=1)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from mlx_vae_tiling.arguments import one_line
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.cli.decode import resumable
@@ -80,9 +81,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if "temp_directory_path" in text:  # where MLX compiles for the CPU
         return f"there is no directory for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
     expected = (ValueError, OSError, ImportError, ArithmeticError)

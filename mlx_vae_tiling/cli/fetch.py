@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from mlx_vae_tiling.checkpoints.fetch import plan_fetch
 from mlx_vae_tiling.checkpoints.fetch_plan import FetchPlan
 from mlx_vae_tiling.checkpoints.locate import Located, parse_source
 from mlx_vae_tiling.checkpoints.sources import SOURCES
-from mlx_vae_tiling.cli import NAME
-from mlx_vae_tiling.cli.printing import print_result, print_warning
+from mlx_vae_tiling.cli.printing import print_news, print_result, print_warning
 from mlx_vae_tiling.runtime.planning.memory import format_bytes
 
 PURPOSE = "transfer only the decoder of a published version or of a repository of the Hub"
@@ -72,7 +70,7 @@ def _announce(plan: FetchPlan, quiet: bool) -> None:
     for note in plan.notes:
         print_warning(note)
     if not quiet:
-        print(f"{NAME}: {fetch_text(plan)}", file=sys.stderr)
+        print_news(fetch_text(plan))
 
 
 def fetch_text(plan: FetchPlan) -> str:

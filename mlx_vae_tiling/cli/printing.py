@@ -1,4 +1,4 @@
-"""What commands print: text for people, or fields as JSON for programs; errors and warnings in one line."""
+"""What commands print: text for people, or fields as JSON for programs; one line for errors; figures."""
 
 from __future__ import annotations
 

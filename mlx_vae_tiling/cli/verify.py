@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
-from mlx_vae_tiling.cli.figures import matplotlib_figure, require_drawable
+from mlx_vae_tiling.cli.figures import new_figure, require_drawable
 from mlx_vae_tiling.cli.options import parse_tiling, parse_window
 from mlx_vae_tiling.cli.plan import add_planning
 from mlx_vae_tiling.cli.printing import plan_fields, print_result
@@ -138,7 +138,7 @@ def draw_map(result: Verification, path: str) -> None:
         ImportError: If Matplotlib is not installed.
     """
     height, width = result.rms.shape
-    figure = matplotlib_figure().Figure(figsize=(8, 8 * height / width + 1), layout="constrained")
+    figure = new_figure(figsize=(8, 8 * height / width + 1), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(result.rms, cmap="magma", interpolation="nearest", vmin=0)
     text, share = "root mean square difference, levels of 255", 0.05 * height / width
@@ -157,7 +157,7 @@ def draw_frames(result: Verification, path: str) -> None:
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    figure = matplotlib_figure().Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(figsize=(8, 6), layout="constrained")
     psnr, ssim = figure.subplots(2, sharex=True)
     parts = {"all": result.frames}
     if result.seams:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.regions import Region, Span, Stride
+from mlx_vae_tiling.vae.regions import Region, Span, Stride, window_start
 
 BLOCK_QUERIES = 512
 """Most queries of a block."""
@@ -47,11 +47,6 @@ class Blocks(NamedTuple):
         return self._replace(
             first=self.first + offset, first_key=self.first_key + offset, repeats=stop - start
         )
-
-
-def window_start(position: int, kernel: int, size: int) -> int:
-    """Where the window of a position starts, on an axis at least as long as the kernel."""
-    return min(max(position - kernel // 2, 0), size - kernel)
 
 
 @lru_cache(maxsize=4096)
@@ -98,18 +93,6 @@ def block_for(kernel: Stride, queries: Stride, copying: int) -> Stride:
 
     blocks: list[Stride] = [(t, h, w) for t, h, w in product(*options)]
     return min(blocks, key=lambda block: (cost(block), block))
-
-
-def attention_pairs(kernel: Stride, queries: Region, block: Stride) -> int:
-    """Pairs of a query and a key whose product is computed for a region of queries."""
-    sums = [sum(b.repeats * b.queries * b.keys for b in blocks) for blocks in _axes(kernel, queries, block)]
-    return math.prod(sums)
-
-
-def attention_excess(kernel: Stride, queries: Region, block: Stride) -> float:
-    """Products that are computed over those that are needed."""
-    needed = [min(k, span.size) * span.length for k, span in zip(kernel, queries, strict=True)]
-    return attention_pairs(kernel, queries, block) / math.prod(needed)
 
 
 def _axes(kernel: Stride, queries: Region, block: Stride) -> list[tuple[Blocks, ...]]:
@@ -265,11 +248,17 @@ def _mask(time: Blocks, band: Blocks, strip: Blocks) -> mx.array | None:
 
 @lru_cache(maxsize=64)
 def _mask_values(axes: tuple[tuple[tuple[int, ...], int], ...]) -> np.ndarray:
-    seen = []
-    for starts, keys in axes:
-        begin = np.array(starts)[:, None]
-        length = keys - starts[-1]
-        seen.append((np.arange(keys) >= begin) & (np.arange(keys) < begin + length))
-    t, h, w = seen
+    t, h, w = (seen_of_block(starts, keys) for starts, keys in axes)
     mask = t[:, None, None, :, None, None] & h[:, None, None, :, None] & w[:, None, None, :]
     return mask.reshape(math.prod(mask.shape[:3]), -1)
+
+
+def seen_of_block(starts: tuple[int, ...], keys: int) -> np.ndarray:
+    """(queries, keys) booleans along an axis: which keys are in the window of each query of a block.
+
+    Args:
+        starts: Of each query, where its window starts among the keys; the last window ends with them.
+        keys: How many there are.
+    """
+    begin, length = np.array(starts)[:, None], keys - starts[-1]
+    return (np.arange(keys) >= begin) & (np.arange(keys) < begin + length)

@@ -73,27 +73,6 @@ class Where(NamedTuple):
     noise: Noise | None = None
 
 
-class ConvolutionSize(NamedTuple):
-    """Numbers of elements of a convolution's arrays, and whether its input is activated first.
-
-    Attributes:
-        given: Of its input, of which
-        frame: are one frame.
-        padded: Of the padded input.
-        made: Of its output.
-        weights: Of its kernel.
-        operands: Their shapes.
-    """
-
-    given: int
-    frame: int
-    padded: int
-    made: int
-    weights: int
-    activated: bool
-    operands: Operands
-
-
 @dataclass(frozen=True)
 class Backend(LayerBackend):
     """Computes lazily and starts the computation of each step without waiting for it, as suits a GPU.
@@ -249,9 +228,16 @@ class Backend(LayerBackend):
         """x, within a step; computed at once where that keeps the memory small."""
         return x
 
-    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
-        """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies."""
-        return itemsize * (2 * size.activated * size.given + 2 * size.padded + 3 * size.made)
+    def convolution_bytes(self, operands: Operands, frames: int, activated: bool) -> int:
+        """What `prepare` and `convolve` take at once: all between two evaluations, with folded copies.
+
+        Args:
+            operands: The shapes.
+            frames: Those that there are of the input, to which replicas are added.
+            activated: Whether the input is activated first.
+        """
+        given = 2 * activated * frames * operands.given_frame
+        return operands.itemsize * (given + 2 * operands.padded + 3 * operands.made)
 
     def workspace_bytes(self, operands: Operands) -> int:
         """What a convolution computes in outside MLX."""

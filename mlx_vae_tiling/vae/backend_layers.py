@@ -24,9 +24,8 @@ KEY_COPY_QUERIES = 96
 
 
 class AttentionSize(NamedTuple):
-    """Numbers of elements of a call of attention: scores, keys with values, and queries."""
+    """Numbers of elements of a call of attention: keys with values, and queries."""
 
-    pairs: int
     gathered: int
     queries: int
 

@@ -11,11 +11,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize
+from mlx_vae_tiling.vae.backend import Backend, BackendName
 from mlx_vae_tiling.vae.backend_layers import CPULayerBackend
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.kernels.convolution_cpu import choose_form, convolve_numpy, workspace_bytes
+from mlx_vae_tiling.vae.kernels.numbers import numbers
 from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.kernels.upsampling_cpu import upsample_numpy
 from mlx_vae_tiling.vae.kernels.workspace import Workspace
@@ -132,13 +133,13 @@ class CPUBackend(CPULayerBackend, Backend):
         first, top, left = padding.frames[0], padding.rows[0], padding.columns[0]
         shape = (b, t + sum(padding.frames), h + sum(padding.rows), w + sum(padding.columns), c)
         padded = mx.zeros(shape, x.dtype)
-        view = bits(padded)
+        view = numbers(padded)
         rows = max(1, BLOCK_ELEMENTS // (b * w * c))
         for index, start in product(range(t), range(0, h, rows)):
             block = x[:, index : index + 1, start : start + rows]
             block = block if activation is None else activation(block)
             place = slice(top + start, top + start + block.shape[2])
-            view[:, first + index : first + index + 1, place, left : left + w] = bits(block)
+            view[:, first + index : first + index + 1, place, left : left + w] = numbers(block)
         if padding.mode == "reflect":
             mirror(view, 2, padding.rows)
             mirror(view, 3, padding.columns)
@@ -155,14 +156,15 @@ class CPUBackend(CPULayerBackend, Backend):
         mx.eval(x)
         return x
 
-    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+    def convolution_bytes(self, operands: Operands, frames: int, activated: bool) -> int:
         """What comes out, in half precision with the kernel in float32; unless fused also what goes in."""
+        itemsize, padded, made = operands.itemsize, operands.padded, operands.made
         if self._fuses:
-            return 4 * size.made if itemsize == 4 else max(4 * (size.weights + size.made), 6 * size.made)
-        activating = itemsize * size.padded + size.activated * 2 * 4 * min(size.frame, BLOCK_ELEMENTS)
-        convolving = 4 * (size.padded + size.made)
+            return 4 * made if itemsize == 4 else max(4 * (operands.weights + made), 6 * made)
+        activating = itemsize * padded + activated * 2 * 4 * min(operands.given_frame, BLOCK_ELEMENTS)
+        convolving = 4 * (padded + made)
         if itemsize == 2:
-            convolving = max(convolving + 2 * size.padded + 4 * size.weights, 6 * size.made)
+            convolving = max(convolving + 2 * padded + 4 * operands.weights, 6 * made)
         return max(activating, convolving)
 
     def workspace_bytes(self, operands: Operands) -> int:
@@ -182,11 +184,6 @@ class CPUBackend(CPULayerBackend, Backend):
     def upsampling_bytes(self, made: int, kept: int, repeats: int, itemsize: int) -> int:
         tiled = made + made // repeats if repeats and (not self._fuses or itemsize == 2) else 0
         return itemsize * (made + max(tiled, kept * (kept < made)))
-
-
-def bits(x: mx.array) -> np.ndarray[Any, np.dtype[Any]]:
-    """NumPy's view of an array's buffer; of half-precision numbers, their 16 bits."""
-    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x, copy=False)
 
 
 def mirror(x: np.ndarray[Any, np.dtype[Any]], axis: int, amounts: tuple[int, int]) -> None:

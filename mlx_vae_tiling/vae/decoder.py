@@ -173,12 +173,9 @@ class VideoDecoder(StreamingDecoder):
 
     def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
         """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
-        p, source, output = self.config.patch_size, where.inputs[0], where.output
-        parts = {
-            axis: slice(fine.start - coarse.start * p, fine.stop - coarse.start * p)
-            for axis, coarse, fine in ((3, source.height, output.height), (4, source.width, output.width))
-        }
-        return cut(unpatchify(inputs[0], p), parts).astype(dtype)
+        p = self.config.patch_size
+        parts = Upsampling((1, p, p)).slices(where.inputs[0], where.output)
+        return cut(unpatchify(inputs[0], p), parts, first_axis=2).astype(dtype)
 
     def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
         planes = where.batch * self.config.out_channels

@@ -20,7 +20,6 @@ from mlx_vae_tiling.vae.diffusion_layers import (
     PixelShuffle,
     SharedModulation,
     TimestepEmbedder,
-    upsampled_part,
 )
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
@@ -290,8 +289,8 @@ class DiffusionDecoder(StreamingDecoder):
         p = self.config.patch_size
         need = self._pixel_padding
         padded = need.before(where.output)
-        rows, columns = list(upsampled_part(where.inputs[0], padded, (1, p, p)).values())[1:]
-        return cut(unpatchify(inputs[0], p), {3: rows, 4: columns}).astype(dtype)
+        _, rows, columns = Upsampling((1, p, p)).slices(where.inputs[0], padded)
+        return cut(unpatchify(inputs[0], p), (rows, columns), first_axis=3).astype(dtype)
 
     def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
         made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2

@@ -13,7 +13,7 @@ from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.diffusion_config import MODULATIONS
 from mlx_vae_tiling.vae.layers import sinusoid
 from mlx_vae_tiling.vae.operations import cut, depth_to_space
-from mlx_vae_tiling.vae.regions import Need, Region, Stride, Upsampling
+from mlx_vae_tiling.vae.regions import Need, Stride, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
 Inputs = Sequence[mx.array]
@@ -24,25 +24,24 @@ class PixelShuffle(nn.Module):
 
     def __init__(self, channels: int, stride: Stride, divisor: int):
         super().__init__()
-        self._stride, self._positions = stride, math.prod(stride)
+        self._need, self._positions = Upsampling(stride), math.prod(stride)
         self._out = channels * self._positions // divisor
         self._in, self.proj = channels, nn.Linear(channels, self._out)
         self._operations = 2 * channels * self._out // self._positions
 
     def step(self, producer: int) -> Step:
-        need = Upsampling(self._stride)
         return Step(
             self._shuffled,
             self._taken,
-            (Read(producer, need),),
+            (Read(producer, self._need),),
             self._out // self._positions,
             self._operations,
         )
 
     def _shuffled(self, inputs: Inputs, where: Where) -> mx.array:
         made = where.backend.linear(inputs[0], self.proj.weight, self.proj.bias, where.inputs[0])
-        y = where.backend.computed(depth_to_space(where.backend.computed(made), self._stride))
-        return cut(y, upsampled_part(where.inputs[0], where.output, self._stride))
+        y = where.backend.computed(depth_to_space(where.backend.computed(made), self._need.stride))
+        return cut(y, self._need.slices(where.inputs[0], where.output))
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * self._out
@@ -96,12 +95,3 @@ class LinearStep:
         size = where.dtype.size
         workspace = where.backend.linear_workspace(self._in, self._out, size)
         return Taken(where.backend.linear_bytes(made, size) + positions * self._in * size, made, workspace)
-
-
-def upsampled_part(coarse: Region, fine: Region, stride: Stride) -> dict[int, slice]:
-    """Where `fine` lies, by axis of an array, in what upsampling `coarse` by the stride makes."""
-    parts = {}
-    for axis, (before, after, factor) in enumerate(zip(coarse, fine, stride, strict=True), start=1):
-        origin = before.start * factor - (factor - 1 if axis == 1 else 0)
-        parts[axis] = slice(after.start - origin, after.stop - origin)
-    return parts

@@ -13,7 +13,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae_tiling.vae.backend import ConvolutionSize, Taken, Where
+from mlx_vae_tiling.vae.backend import Taken, Where
 from mlx_vae_tiling.vae.blocks import PaddingMode, ResBlocks, Upsample
 from mlx_vae_tiling.vae.config import TIMESTEP_FEATURES
 from mlx_vae_tiling.vae.kernels.operands import Operands
@@ -66,17 +66,8 @@ class Conv3d(nn.Module):
             ((0, 0), padding.rows, padding.columns),
             self._padding == "reflect",
         )
-        size = ConvolutionSize(
-            given=where.batch * where.inputs[0].volume * self._in,
-            frame=where.batch * where.inputs[0].area * self._in,
-            padded=where.batch * (t + 2) * (h + 2) * (w + 2) * self._in,
-            made=where.batch * where.output.volume * self._out,
-            weights=27 * self._in * self._out,
-            activated=activated,
-            operands=operands,
-        )
-        nbytes = where.backend.convolution_bytes(size, where.dtype.size)
-        return Taken(nbytes, max(size.padded, size.made), where.backend.workspace_bytes(operands))
+        nbytes = where.backend.convolution_bytes(operands, where.inputs[0].time.length, activated)
+        return Taken(nbytes, max(operands.padded, operands.made), where.backend.workspace_bytes(operands))
 
     def step(self, producer: int, need: Convolution, activation: Activation | None = None) -> Step:
         """The convolution as a step of its own."""
@@ -282,13 +273,7 @@ class DepthToSpaceUpsample(nn.Module):
     def _rearranged(self, inputs: Inputs, where: Where) -> mx.array:
         skip = inputs[1] if self._repeats else None
         y = where.backend.upsample(inputs[0], skip, self.stride, self._repeats)
-        parts = {}
-        for axis, (coarse, fine, factor) in enumerate(
-            zip(where.inputs[0], where.output, self.stride, strict=True), start=1
-        ):
-            origin = coarse.start * factor - (factor - 1 if axis == 1 else 0)
-            parts[axis] = slice(fine.start - origin, fine.stop - origin)
-        return cut(y, parts)
+        return cut(y, Upsampling(self.stride).slices(where.inputs[0], where.output))
 
     def _taken(self, where: Where) -> Taken:
         made = where.batch * where.inputs[0].volume * math.prod(self.stride) * self._out

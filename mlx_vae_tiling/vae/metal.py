@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 import mlx.core as mx
 
-from mlx_vae_tiling.vae.backend import Backend, BackendName, ConvolutionSize, known_form
+from mlx_vae_tiling.vae.backend import Backend, BackendName, known_form
 from mlx_vae_tiling.vae.blocks import Stride
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.kernels import convolution_gpu as gpu
@@ -126,19 +126,18 @@ class MetalBackend(Backend):
         ]
         return (tiles[0] + tiles[1]).reshape(b, t * dt, h * dh, w * dw, -1)
 
-    def convolution_bytes(self, size: ConvolutionSize, itemsize: int) -> int:
+    def convolution_bytes(self, operands: Operands, frames: int, activated: bool) -> int:
         """Norm, activation, padding and products; between two evaluations all of it is alive."""
-        form = self.form_of(size.operands.channels_in, size.operands.channels_out)
+        form = self.form_of(operands.channels_in, operands.channels_out)
         if form not in get_args(gpu.GPUForm):
-            return super().convolution_bytes(size, itemsize)
-        operands, given = size.operands, itemsize * size.given
-        replicated = given < operands.batch * (operands.frames + 2) * operands.frame_bytes
+            return super().convolution_bytes(operands, frames, activated)
+        given = frames * operands.given_frame * operands.itemsize
         return gpu.workspace_bytes(
             cast(gpu.GPUForm, form),
             operands,
             self.block_bytes,
-            activated=size.activated,
-            replicated=given * replicated,
+            activated=activated,
+            replicated=given if frames < operands.frames + 2 else 0,
         )
 
     def addition_bytes(self, convolution: int, made: int, shortcut: int, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""Needs of decoders that pad their clip, grow frames without dropping any, or look at past frames only."""
+"""Needs of decoders that pad, lengthen or trim their clip, and of two operators in one step."""
 
 from __future__ import annotations
 
@@ -66,30 +66,3 @@ class Padded(Need):
     def along(self, axis: int, span: Span) -> Span:
         before, behind = self.added(axis, span.size)
         return Span(span.start + before, span.stop + before, span.size + before + behind)
-
-
-@dataclass(frozen=True)
-class Growth(Need):
-    """The position that becomes `factors` positions, of which none is dropped."""
-
-    factors: Stride
-
-    def along(self, axis: int, span: Span) -> Span:
-        factor = self.factors[axis]
-        return Span(span.start // factor, (span.stop - 1) // factor + 1, span.size // factor)
-
-    @property
-    def stride(self) -> Stride:
-        return self.factors
-
-
-@dataclass(frozen=True)
-class Neighbours(Need):
-    """As many frames before, and as many rows and columns around, as there are."""
-
-    frames: int
-    positions: int
-
-    def along(self, axis: int, span: Span) -> Span:
-        before, behind = (self.frames, 0) if axis == 0 else (self.positions,) * 2
-        return Span(max(span.start - before, 0), min(span.stop + behind, span.size), span.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -137,12 +138,12 @@ def patchify(x: mx.array, patch_size: int) -> mx.array:
     return x.reshape(b, frames, height // p, width // p, channels * p * p)
 
 
-def cut(x: mx.array, parts: dict[int, slice]) -> mx.array:
-    """A part of an array, by axis, as a copy that does not keep the rest alive; all of it as it is."""
-    narrowed = [axis for axis, part in parts.items() if part != slice(0, x.shape[axis])]
+def cut(x: mx.array, parts: Sequence[slice], first_axis: int = 1) -> mx.array:
+    """A part of an array, from an axis on, as a copy without the rest; all of it as it is."""
+    narrowed = [axis for axis, part in enumerate(parts, first_axis) if part != slice(0, x.shape[axis])]
     if not narrowed:
         return x
-    view = x[tuple(parts.get(axis, slice(None)) for axis in range(x.ndim))]
+    view = x[(slice(None),) * first_axis + tuple(parts)]
     if x.nbytes - view.nbytes > SHARED_BYTES:
         return mx.contiguous(view)
     return mx.take(view, mx.arange(view.shape[narrowed[0]]), axis=narrowed[0])

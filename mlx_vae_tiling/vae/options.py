@@ -81,15 +81,12 @@ class Noise:
 
     def latents(self, region: Region, batch: int, channels: int) -> mx.array:
         """The noise of a region of the latents: (batch, channels, f, h, w) float32, drawn by the frame."""
-        (first, top, left), (height, width) = self.origin, self.size
-        base = mx.random.split(mx.random.key(self.seed))[0]
-        rows = slice(top + region.height.start, top + region.height.stop)
-        columns = slice(left + region.width.start, left + region.width.stop)
-        frames = []
-        for frame in range(first + region.time.start, first + region.time.stop):
-            key = mx.random.split(base ^ mx.array([0, frame], mx.uint32))[0]
-            frames.append(mx.random.normal((batch, channels, height, width), key=key)[..., rows, columns])
-        return mx.stack(frames, axis=2)
+        frames, rows, columns = self._place(region, 1, 1)
+        drawn = [
+            mx.random.normal((batch, channels, *self.size), key=self._key(0, 0, frame))[..., rows, columns]
+            for frame in frames
+        ]
+        return mx.stack(drawn, axis=2)
 
     def field(self, number: int, region: Region, scale: int) -> mx.array:
         """The part (h, w) of a field that is the same for all frames and channels of a level.
@@ -99,15 +96,9 @@ class Noise:
             region: Of the level.
             scale: Positions of the level per latent, along height and width.
         """
-        key = mx.random.split(
-            mx.random.split(mx.random.key(self.seed))[1] ^ mx.array([0, number], mx.uint32)
-        )[0]
-        whole = mx.random.normal((self.size[0] * scale, self.size[1] * scale), key=key)
-        top, left = self.origin[1] * scale, self.origin[2] * scale
-        return whole[
-            top + region.height.start : top + region.height.stop,
-            left + region.width.start : left + region.width.stop,
-        ]
+        size = self.size[0] * scale, self.size[1] * scale
+        _, rows, columns = self._place(region, 1, scale)
+        return mx.random.normal(size, key=self._key(1, 0, number))[rows, columns]
 
     def pixels(self, region: Region, batch: int, channels: int, scales: tuple[int, int]) -> mx.array:
         """The noise of a region of the frames: (batch, channels, f, h, w), drawn by the frame in float32.
@@ -117,26 +108,30 @@ class Noise:
             batch, channels: Of the frames.
             scales: Frames, and pixels along height and width, per latent.
         """
-        time, side = scales
-        first, top, left = (n * scale for n, scale in zip(self.origin, (time, side, side), strict=True))
-        frames = range(first + region.time.start, first + region.time.stop)
-        rows = slice(top + region.height.start, top + region.height.stop)
-        columns = slice(left + region.width.start, left + region.width.stop)
+        frames, rows, columns = self._place(region, *scales)
         if self.given is not None:
             return self._given(frames, rows, columns)
         # A clip that is padded is larger than its latents say.
-        size = (
-            max(self.size[0] * side, top + region.height.size),
-            max(self.size[1] * side, left + region.width.size),
-        )
-        base = mx.random.split(mx.random.key(self.seed))[1]
+        sizes = zip(self.size, self.origin[1:], region[1:], strict=True)
+        size = [max(n * scales[1], start * scales[1] + span.size) for n, start, span in sizes]
         drawn = []
         for frame in frames:
-            key = mx.random.split(base ^ mx.array([1, frame], mx.uint32))[0]
-            whole = mx.random.normal((batch, channels, *size), key=key)
+            whole = mx.random.normal((batch, channels, *size), key=self._key(1, 1, frame))
             drawn.append(mx.contiguous(whole[..., rows, columns]))
             mx.eval(drawn[-1])
         return mx.stack(drawn, axis=2)
+
+    def _place(self, region: Region, time: int, side: int) -> tuple[range, slice, slice]:
+        """Where a region lies in the whole video, at a level of so many frames and positions per latent."""
+        first, top, left = (n * scale for n, scale in zip(self.origin, (time, side, side), strict=True))
+        frames = range(first + region.time.start, first + region.time.stop)
+        rows = slice(top + region.height.start, top + region.height.stop)
+        return frames, rows, slice(left + region.width.start, left + region.width.stop)
+
+    def _key(self, half: int, kind: int, number: int) -> mx.array:
+        """The key of one field: by the half of the seed's key, the kind of noise and its number."""
+        base = mx.random.split(mx.random.key(self.seed))[half]
+        return mx.random.split(base ^ mx.array([kind, number], mx.uint32))[0]
 
     def _given(self, frames: range, rows: slice, columns: slice) -> mx.array:
         """A part of the array, whose borders are repeated beyond them, as those of a padded tile are."""

@@ -109,19 +109,43 @@ class Convolution(Need):
 
 @dataclass(frozen=True)
 class Upsampling(Need):
-    """The position that becomes `factors` positions; in time, the first of all of them are dropped."""
+    """The position that becomes `factors` positions.
+
+    Attributes:
+        factors: Along time, height and width.
+        drops_first: Whether the first frame becomes one only, the last of its `factors[0]`.
+    """
 
     factors: Stride
+    drops_first: bool = True
 
     def along(self, axis: int, span: Span) -> Span:
-        factor = self.factors[axis]
-        dropped = factor - 1 if axis == 0 else 0
+        factor, dropped = self.factors[axis], self._dropped(axis)
         start, stop = (span.start + dropped) // factor, (span.stop - 1 + dropped) // factor + 1
         return Span(start, stop, (span.size + dropped) // factor)
 
     @property
     def stride(self) -> Stride:
         return self.factors
+
+    def slices(self, coarse: Region, fine: Region) -> tuple[Slice, Slice, Slice]:
+        """Where `fine` lies in all that `coarse` becomes."""
+        time, height, width = (
+            Slice(after.start - origin, after.stop - origin)
+            for after, origin in (
+                (after, before.start * factor - self._dropped(axis))
+                for axis, (before, after, factor) in enumerate(zip(coarse, fine, self.factors, strict=True))
+            )
+        )
+        return time, height, width
+
+    def _dropped(self, axis: int) -> int:
+        return self.factors[0] - 1 if self.drops_first and axis == 0 else 0
+
+
+def window_start(position: int, kernel: int, size: int) -> int:
+    """Where the window of a position starts, on an axis at least as long as the kernel."""
+    return min(max(position - kernel // 2, 0), size - kernel)
 
 
 @dataclass(frozen=True)
@@ -132,10 +156,7 @@ class Attention(Need):
 
     def along(self, axis: int, span: Span) -> Span:
         kernel = min(self.kernel[axis], span.size)
-        first, last = (
-            min(max(position - kernel // 2, 0), span.size - kernel)
-            for position in (span.start, span.stop - 1)
-        )
+        first, last = (window_start(n, kernel, span.size) for n in (span.start, span.stop - 1))
         return Span(first, last + kernel, span.size)
 
 

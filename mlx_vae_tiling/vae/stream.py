@@ -48,7 +48,7 @@ class HeldFrames:
             self.start += surplus
             first = self.pieces.pop(0)
             if surplus < frames:
-                self.pieces.insert(0, cut(first, {1: slice(surplus, frames)}))
+                self.pieces.insert(0, cut(first, [slice(surplus, frames)]))
             del first
 
     def deliver(self) -> list[mx.array]:

@@ -143,11 +143,8 @@ class TinyDecoder(StreamingDecoder):
         x = mx.clip(inputs[0], 0, 1) * 2 - 1
         # Unlike the VAE's patches: channel (c, row, column) with the column fastest.
         x = x.reshape(b, t, h, w, -1, p, p).transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, -1, t, h * p, w * p)
-        parts = {
-            axis: slice(fine.start - coarse.start * p, fine.stop - coarse.start * p)
-            for axis, coarse, fine in zip((3, 4), source[1:], where.output[1:], strict=True)
-        }
-        return cut(x, parts).astype(dtype)
+        _, rows, columns = Upsampling((1, p, p)).slices(source, where.output)
+        return cut(x, (rows, columns), first_axis=3).astype(dtype)
 
     def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
         made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2

@@ -9,14 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.backend import Taken, Where
-from mlx_vae_tiling.vae.needs import Growth, Neighbours
-from mlx_vae_tiling.vae.operations import cut, surround
-from mlx_vae_tiling.vae.regions import Region, Same
+from mlx_vae_tiling.vae.operations import Padding, cut, surround
+from mlx_vae_tiling.vae.regions import Convolution, Region, Same, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
 Inputs = Sequence[mx.array]
-HERE = Neighbours(0, 1)
-"""What a convolution of single frames needs."""
+HERE, PAST = Convolution((0, 0)), Convolution((1, 0))
+"""What a convolution of single frames needs, and one that sees also the frame before."""
+
+GROWTH = Upsampling((2, 2, 2), drops_first=False)
 
 
 class FrameConvolution(nn.Module):
@@ -43,11 +44,9 @@ class FrameConvolution(nn.Module):
         if self._side == 1:
             y = x @ self.weight.reshape(self._out, self._in).T
         else:
-            rows, columns = (
-                (1 - (wanted.start - given.start), 1 - (given.stop - wanted.stop))
-                for given, wanted in zip(source[1:], where.output[1:], strict=True)
-            )
-            y = where.backend.convolve_frames(surround(x, rows, columns), self.weight, self._groups)
+            padding = Padding.between(source, where.output, HERE.reach, "zeros")
+            x = surround(x, padding.rows, padding.columns)
+            y = where.backend.convolve_frames(x, self.weight, self._groups)
         return y + self.bias if "bias" in self else y
 
     @property
@@ -77,9 +76,7 @@ class MemoryBlock(nn.Module):
         first, _, second, _, third = self.conv
         c = self._channels
         return [
-            Step(
-                self._first, self._taken(first, 4), (Read(producer, Neighbours(1, 1)),), c, first.operations
-            ),
+            Step(self._first, self._taken(first, 4), (Read(producer, PAST),), c, first.operations),
             Step(self._second, self._taken(second, 0), (Read(producer + 1, HERE),), c, second.operations),
             Step(
                 self._third,
@@ -129,7 +126,7 @@ class WideMemoryBlock(nn.Module):
             for layer in (first, second)
         ]
         return [
-            Step(self._first, taken[0], (Read(producer, Neighbours(1, 1)),), c, operations[0]),
+            Step(self._first, taken[0], (Read(producer, PAST),), c, operations[0]),
             Step(self._second, taken[1], reads, c, operations[1]),
         ]
 
@@ -151,7 +148,7 @@ class Grow(nn.Module):
         self._channels = channels
 
     def step(self, producer: int) -> Step:
-        reads = (Read(producer, Growth((2, 2, 2))),)
+        reads = (Read(producer, GROWTH),)
         return Step(self._grown, self._taken, reads, self._channels, self.conv.operations // 8)
 
     def _grown(self, inputs: Inputs, where: Where) -> mx.array:
@@ -160,11 +157,7 @@ class Grow(nn.Module):
         x = x.reshape(b, t, h, w, 2, -1).transpose(0, 1, 4, 2, 3, 5)[:, :, :, :, None, :, None]
         x = mx.broadcast_to(x, (b, t, 2, h, 2, w, 2, self._channels))
         x = x.reshape(b, 2 * t, 2 * h, 2 * w, -1)
-        parts = {
-            axis: slice(fine.start - 2 * coarse.start, fine.stop - 2 * coarse.start)
-            for axis, (coarse, fine) in enumerate(zip(where.inputs[0], where.output, strict=True), start=1)
-        }
-        return cut(where.backend.computed(x), parts)
+        return cut(where.backend.computed(x), GROWTH.slices(where.inputs[0], where.output))
 
     def _taken(self, where: Where) -> Taken:
         given = where.batch * where.inputs[0].volume * self._channels

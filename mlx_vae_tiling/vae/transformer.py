@@ -176,9 +176,9 @@ class NABlock(nn.Module):
         frames, width = where.output.time, c * where.batch
         rest = frames.length % block[0] or block[0]
         calls = (
-            AttentionSize(pairs * heads, 2 * keys * width, queries * width)
+            AttentionSize(2 * keys * width, queries * width)
             for start in {frames.start, frames.stop - rest}
-            for pairs, keys, queries in attention_calls(
+            for _, keys, queries in attention_calls(
                 self._kernel,
                 where.output.over(start, min(start + block[0], frames.stop)),
                 block,

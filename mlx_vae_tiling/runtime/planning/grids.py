@@ -16,7 +16,7 @@ MOST_WINDOWS = 64
 """More would repeat most of their work; who has so little memory is told what is needed."""
 
 
-Chunk = tuple[int, int | None]
+ChunkSize = tuple[int, int | None]
 """Latent frames per step, and the bound on the frames of a layer."""
 
 
@@ -60,8 +60,8 @@ def parts_of(model: CostModel, wanted: Region, rows: int, columns: int, halo: in
     )
 
 
-def chunks(model: CostModel) -> Iterator[Chunk]:
-    """Chunk sizes from the largest useful one down.
+def chunks(model: CostModel) -> Iterator[ChunkSize]:
+    """ChunkSize sizes from the largest useful one down.
 
     What halves is the cap: the first layers, whose frames are small and whose kernels are large, keep
     chunks as large as the last ones'.
@@ -85,7 +85,7 @@ def grids(height: int, width: int) -> Iterator[tuple[int, int]]:
             yield min(fitting, key=lambda grid: abs(math.log(height * grid[1] / (width * grid[0]))))
 
 
-def fits(model: CostModel, part: Part, budget: int, chunk: Chunk | None = None) -> bool:
+def fits(model: CostModel, part: Part, budget: int, chunk: ChunkSize | None = None) -> bool:
     """Whether a part can be decoded within a budget, with a chunk or with the smallest."""
     left = budget - model.weight_bytes
     return neediest(model, [part], chunk or list(chunks(model))[-1], left) <= left
@@ -118,7 +118,7 @@ def choose_parts(model: CostModel, wanted: Region, budget: int, halo: int | None
     return best
 
 
-def neediest(model: CostModel, parts: Sequence[Part], chunk: Chunk, enough: float) -> float:
+def neediest(model: CostModel, parts: Sequence[Part], chunk: ChunkSize, enough: float) -> float:
     """The bytes that the neediest of these windows takes, or the first that takes more than enough.
 
     An array that no kernel can index takes more than there is.

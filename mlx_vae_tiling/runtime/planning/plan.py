@@ -34,7 +34,7 @@ class DecodePlan:
         weight_bytes, state_bytes, workspace_bytes, chunk_bytes: Of these, the weights, the frames that the
             layers keep between chunks, what the CPU computes in outside MLX, and the rest.
         memory_limit: The budget in bytes.
-        operations: Multiplications and additions of all convolutions.
+        operations: Multiplications and additions of all steps.
         recompute: Operations over those of the whole decode: 1.0 means that none is repeated.
         limited_by: What keeps the chunks from being larger, or "nothing".
         latents_to_first_frame: Latent frames that the first frame depends on.

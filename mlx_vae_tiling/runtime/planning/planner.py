@@ -19,7 +19,7 @@ from mlx_vae_tiling.runtime.planning.forms import (
     or_making_keys_anew,
     tuned_backend,
 )
-from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, choose_parts, chunks, fits
+from mlx_vae_tiling.runtime.planning.grids import ARRAY_ELEMENTS, ChunkSize, choose_parts, chunks, fits
 from mlx_vae_tiling.runtime.planning.memory import memory_budget
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.tiling import TilingConfig
@@ -46,7 +46,7 @@ def plan_decode(
     causal: bool | None = None,
     num_inference_steps: int | None = None,
     parts: tuple[Part, ...] | None = None,
-    chunk: tuple[int, int | None] | None = None,
+    chunk: ChunkSize | None = None,
     no_tune: bool = False,
 ) -> DecodePlan:
     """Plans a decode: the fewest windows whose smallest chunk fits, then the largest useful chunk.
@@ -140,7 +140,7 @@ def _plan_exact(
     budget: int,
     halo: int | None,
     parts: tuple[Part, ...] | None,
-    chunk: tuple[int, int | None] | None,
+    chunk: ChunkSize | None,
 ) -> DecodePlan:
     parts = parts or choose_parts(model, wanted, budget, halo)
     steps = [chunk] if chunk else list(chunks(model))
@@ -155,7 +155,7 @@ def _plan_chunks(
     budget: int,
     halo: int | None,
     parts: tuple[Part, ...],
-    steps: list[tuple[int, int | None]],
+    steps: list[ChunkSize],
 ) -> DecodePlan:
     """The largest of these chunks with which these windows fit."""
     everything = steps[0] == (model.latent_shape[2], None)

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import one_line
 from mlx_vae_tiling.runtime.ranks.meeting import meet
 from mlx_vae_tiling.runtime.ranks.wire import Fields, Message, Wire
 
@@ -107,7 +108,7 @@ class Crew:
                 if error is None or error is self._failure:
                     wire.send("bye")
                 else:
-                    wire.send("error", {"rank": self.rank, "text": told(error)})
+                    wire.send("error", {"rank": self.rank, "text": one_line(error)})
                 wire.end()
         for reader, wire in zip(self._readers, self._wires.values(), strict=True):
             # Closed with something unread, a connection would take back what was said last.
@@ -148,15 +149,6 @@ class Crew:
                 if wire.rank != rank:
                     with contextlib.suppress(OSError):  # of which its own reader tells
                         wire.send("error", {"rank": rank, "text": text})
-
-
-def told(error: BaseException) -> str:
-    """An error in one line for other ranks."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager

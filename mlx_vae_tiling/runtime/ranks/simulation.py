@@ -88,9 +88,9 @@ def simulate(decoder: StreamingDecoder, plan: DecodePlan, ranks: int) -> Simulat
     halo, dtype = halo_of(plan.tiling), parse_dtype(plan.dtype)
     options = decoder.options(causal=plan.causal, num_inference_steps=plan.inference_steps)
     model = CostModel(decoder, plan.latent_shape, dtype, plan.backend, options)
-    room = room_for(model, plan.output, 1, plan.memory_limit)
+    room = room_for(model, plan.output, 1, plan.memory_limit) if ranks > 1 else None
     division = divide(model, plan.output, [plan.memory_limit] * ranks, halo, room)
-    waiting = [room.nbytes(ranges_of(division.parts)) if ranks > 1 else 0, *[0] * (ranks - 1)]
+    waiting = [room.nbytes(ranges_of(division.parts)) if room else 0, *[0] * (ranks - 1)]
     peaks = [model.weight_bytes + nbytes for nbytes in waiting]
     for rank, nbytes in enumerate(waiting):
         if numbers := division.of(rank):

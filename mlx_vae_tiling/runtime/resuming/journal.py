@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
-from mlx_vae_tiling.runtime.resuming.journal_file import read_told, write_told
+from mlx_vae_tiling.runtime.resuming.journal_file import FRESH_NAME, NAME, read_told, write_told
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.regions import Region, Span
 
@@ -57,7 +57,7 @@ class Journal:
         Raises:
             ValueError: If it cannot be read or tells of another decode.
         """
-        place = folder / "journal.json"
+        place = folder / NAME
         try:
             told = read_told(folder)
             parts = tuple(read_part(part) for part in told["parts"])
@@ -90,14 +90,14 @@ class Journal:
 
     def remove(self) -> None:
         """Deletes what a decode keeps in the folder; what others have put there stays."""
-        for name in ("frames", "journal.json", "journal.json.new"):
+        for name in ("frames", NAME, FRESH_NAME):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def unreadable(folder: Path, error: Exception) -> ValueError:
     """What is said of a journal that is damaged or does not fit its frames."""
     return ValueError(
-        f"{folder / 'journal.json'} cannot be read ({error}); "
+        f"{folder / NAME} cannot be read ({error}); "
         f"delete {folder} and begin again with overwrite=True, --overwrite"
     )
 
@@ -180,7 +180,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (folder / "journal.json").exists():
+        if not (folder / NAME).exists():
             path.unlink()
             with contextlib.suppress(OSError):  # something else is in it
                 folder.rmdir()

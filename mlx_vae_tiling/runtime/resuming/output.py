@@ -20,7 +20,7 @@ from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.resuming.journal import Journal, identity, locked, read_part, unreadable
-from mlx_vae_tiling.runtime.resuming.journal_file import read_told
+from mlx_vae_tiling.runtime.resuming.journal_file import NAME, read_told
 from mlx_vae_tiling.runtime.resuming.store import FrameStore
 
 
@@ -87,7 +87,7 @@ def open_output(
     """
     folder = store_folder(path)
     with locked(folder):
-        if (folder / "journal.json").exists() and (resume or not overwrite):
+        if (folder / NAME).exists() and (resume or not overwrite):
             if not resume:
                 text = "an earlier decode is kept here: resume it (resume=True, --resume) or "
                 raise FileExistsError(errno.EEXIST, text + BEGIN_AGAIN, str(folder))
@@ -206,7 +206,7 @@ def kept_frames(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
     While another process is writing it, it is none that could be resumed.
     """
     folder = store_folder(path)
-    if not (folder / "journal.json").exists():
+    if not (folder / NAME).exists():
         return None
     try:
         with locked(folder):

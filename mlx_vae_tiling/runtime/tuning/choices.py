@@ -108,31 +108,9 @@ class Tuning:
     def of(self, machine: Machine, level: Level) -> list[Trial]:
         return self.trials.get(str(machine), {}).get(str(level), [])
 
-    def form(
-        self,
-        machine: Machine,
-        level: Level,
-        default: str,
-        *,
-        pinned: str | None = None,
-        no_tune: bool = False,
-        fits: Callable[[str], bool] = lambda form: True,
-    ) -> str:
-        """The form that a decode takes.
-
-        Args:
-            machine, level: What is computed where.
-            default: The form where nothing was measured.
-            pinned: Overrides everything.
-            no_tune: Measurements are ignored.
-            fits: Whether a form's memory is within the budget.
-        """
-        if pinned is not None:
-            return pinned
-        if no_tune:
-            return default
-        fitting = [trial for trial in self.of(machine, level) if fits(trial.form)]
-        return choose(fitting, ERROR_BOUNDS[machine.dtype], default)
+    def form(self, machine: Machine, level: Level, default: str) -> str:
+        """The form that a decode takes; the default where nothing was measured."""
+        return choose(self.of(machine, level), ERROR_BOUNDS[machine.dtype], default)
 
     def seconds(self, machine: Machine, work: Mapping[tuple[Level, str], float]) -> float | None:
         """How long convolutions take.

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_vae_tiling.runtime.tuning.choices import Level, Machine, Trial
-from mlx_vae_tiling.vae.backend import Backend, ConvolutionSize
+from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
 from mlx_vae_tiling.vae.kernels.convolution_gpu import fold
 from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.operations import Activation, Padding, cut, mirrored, pixel_norm, surround
-from mlx_vae_tiling.vae.regions import Convolution, Region
+from mlx_vae_tiling.vae.regions import Region
 from mlx_vae_tiling.vae.schedule import Pace, Step, frames_per_latent, regions_of
 
 ERROR_SIDE = 68
@@ -65,10 +65,9 @@ def work_of(
     pace = Pace(latent_frames, max_chunk_frames)
     found: dict[Level, Work] = {}
     for step, region, scale in zip(steps, regions_of(steps, output), frames_per_latent(steps), strict=True):
-        if not step.operations or not isinstance(step.reads[0].need, Convolution):
+        if step.kernel is None:
             continue
-        channels = step.operations // (54 * step.channels), step.channels
-        level = Level(region.height.length, region.width.length, *channels)
+        level = Level(region.height.length, region.width.length, *step.kernel)
         frames = min(pace.limit(scale), region.time.length)
         before = found.get(level, Work(level, frames, 0))
         found[level] = before._replace(operations=before.operations + step.operations * region.volume)
@@ -147,12 +146,10 @@ def measure_form(backend: Backend, form: ConvolutionForm, sample: Sample, repeat
 def sample_bytes(backend: Backend, form: ConvolutionForm, level: Level, frames: int, dtype: mx.Dtype) -> int:
     """What measuring a form at a level takes: operands, weights in float32 too, and what the form takes."""
     h, w, c, o = level
-    given, made, weights = (frames + 2) * h * w * c, frames * h * w * o, 27 * c * o
     operands = Operands(1, frames, h, w, c, o, dtype.size, ((0, 0), AROUND.rows, AROUND.columns))
-    padded = (frames + 2) * (h + 2) * (w + 2) * c
-    size = ConvolutionSize(given, h * w * c, padded, made, weights, False, operands)
-    taken = replace(backend, form=form).convolution_bytes(size, dtype.size)
-    return taken + dtype.size * (given + weights) + 4 * weights
+    taken = replace(backend, form=form).convolution_bytes(operands, frames + 2, activated=False)
+    given = (frames + 2) * operands.given_frame
+    return taken + dtype.size * (given + operands.weights) + 4 * operands.weights
 
 
 def operations_of(level: Level, frames: int) -> float:
@@ -192,7 +189,7 @@ def pass_rates(level: Level, frames: int, dtype: mx.Dtype) -> list[Pass]:
         "zeros around": lambda: surround(x, (1, 1), (1, 1)),
         "reflection around": lambda: mirrored(x, (1, 1), (1, 1)),
         "fold in time": lambda: mx.contiguous(fold(x, parts)),
-        "copy of the last frames": lambda: cut(x, {1: slice(frames // 2, frames + 2)}),
+        "copy of the last frames": lambda: cut(x, [slice(frames // 2, frames + 2)]),
     }
     kept = (frames + 2 - frames // 2) / (frames + 2)
     folded = (frames + 2 * parts) / (frames + 2)

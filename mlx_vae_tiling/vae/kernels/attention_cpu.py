@@ -15,11 +15,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.vae.attention import window_start
+from mlx_vae_tiling.vae.attention import seen_of_block
 from mlx_vae_tiling.vae.kernels.numbers import numbers, widen
 from mlx_vae_tiling.vae.kernels.workers import share
-from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
-from mlx_vae_tiling.vae.regions import Region, Span, Stride
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of, part_of
+from mlx_vae_tiling.vae.regions import Region, Span, Stride, window_start
 
 TILE = (4, 8)
 """Rows and columns of queries that share their keys: 2.1 times those that an 11x11x11 window has."""
@@ -77,14 +77,13 @@ def attention_numpy(
     result = np.array(out, copy=False)
     heads, width = q.shape[-2:]
     own = _shapes(kernel, queries, heads, heads * width)
-    arrays = (workspace or Workspace()).take(*own * workers)
+    _, scratch = (workspace or Workspace()).share_out(workers, own)
 
     def work(tiles: Sequence[Tile], scratch: Sequence[np.ndarray]) -> None:
         for tile in tiles:
             entry = given[tile.entry], held[tile.entry], result[tile.entry]
             _attend(*entry, tile, kernel, queries, keys, scratch)
 
-    scratch = [arrays[start : start + len(own)] for start in range(0, len(arrays), len(own))]
     tiles = list(_tiles(len(given), kernel, queries))
     share(work, tiles, scratch[: len(tiles)])
     return out.astype(q.dtype)
@@ -142,8 +141,8 @@ def _attend(
     )
     (own, there), (held, place) = _part(asked, queries[1:]), _part(seen, keys[1:])
     sides, key_sides = ([last - first for first, last in spans] for spans in (asked, seen))
-    block = _first(scratch[0], (heads, *sides, width))
-    both = [_first(buffer, (heads, frames, *key_sides, width)) for buffer in scratch[1:3]]
+    block = part_of(scratch[0], (heads, *sides, width))
+    both = [part_of(buffer, (heads, frames, *key_sides, width)) for buffer in scratch[1:3]]
     flat_q, flat_k, flat_v = (a.reshape(heads, -1, width) for a in (block, *both))
     unseen = _unseen(tile.rows.starts, tile.columns.starts, *key_sides)
     laid = 0
@@ -170,12 +169,12 @@ def _attended(
     scratch: Sequence[np.ndarray],
 ) -> np.ndarray:
     """Attention of one head: q (queries, D), k and v (keys, D), and `unseen` for the keys of each frame."""
-    scores = np.matmul(q, k.T, out=_first(scratch[0], (len(q), len(k))))
+    scores = np.matmul(q, k.T, out=part_of(scratch[0], (len(q), len(k))))
     by_frame = scores.reshape(len(q), frames, -1)
     by_frame += unseen[:, None]
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    made = np.matmul(scores, v, out=_first(scratch[1], q.shape))
+    made = np.matmul(scores, v, out=part_of(scratch[1], q.shape))
     made /= scores.sum(axis=-1, keepdims=True)
     return made
 
@@ -187,11 +186,6 @@ def _lay(source: np.ndarray, target: np.ndarray, place: tuple[slice, ...]) -> No
     if part.size < target.size:
         target[...] = 0
     widen(source.transpose(2, 0, 1, 3), part)
-
-
-def _first(buffer: np.ndarray, shape: Shape) -> np.ndarray:
-    """An array in the first elements of a flat one."""
-    return buffer[: math.prod(shape)].reshape(shape)
 
 
 def _part(
@@ -209,11 +203,6 @@ def _unseen(
     row_starts: tuple[int, ...], column_starts: tuple[int, ...], rows: int, columns: int
 ) -> np.ndarray:
     """(queries, keys of a frame): 0 where a query sees a key, minus infinity elsewhere."""
-    seen = []
-    for starts, count in ((row_starts, rows), (column_starts, columns)):
-        begin = np.array(starts)[:, None]
-        length = count - starts[-1]
-        seen.append((np.arange(count) >= begin) & (np.arange(count) < begin + length))
-    mask = seen[0][:, None, :, None] & seen[1][None, :, None, :]
+    mask = seen_of_block(row_starts, rows)[:, None, :, None] & seen_of_block(column_starts, columns)[:, None]
     mask = mask.reshape(len(row_starts) * len(column_starts), -1)
     return np.where(mask, np.float32(0), np.float32(-np.inf))

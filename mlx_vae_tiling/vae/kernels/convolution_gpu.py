@@ -155,9 +155,8 @@ def _folded_bytes(operands: Operands, given: int, activated: bool, made_from: in
 
 def _gemm_bytes(operands: Operands) -> int:
     t, h, w = operands.frames, operands.height + 2, operands.width + 2
-    padded = operands.batch * (t + 2) * h * w * operands.channels_in * operands.itemsize
-    summed = operands.batch * t * h * w * operands.channels_out * operands.itemsize
-    return padded * (operands.padding != NO_PADDING) + 2 * summed
+    summed = operands.batch * t * h * w * operands.channels_out
+    return operands.itemsize * (operands.padded * (operands.padding != NO_PADDING) + 2 * summed)
 
 
 def _add(y: mx.array, bias: mx.array, skip: mx.array | None) -> mx.array:
@@ -254,7 +253,7 @@ def _stock_bytes(operands: Operands) -> int:
     made = operands.output_bytes
     if operands.batch > 1:
         return made
-    taps = 27 * operands.channels_in * operands.channels_out * operands.itemsize
+    taps = operands.weights * operands.itemsize
     if not winograd_gpu.takes_winograd(
         operands.frames * operands.given[1] * operands.given[2],
         operands.channels_in,

@@ -1,4 +1,4 @@
-"""The shapes of a convolution on a GPU: what its forms, and the memory that they take, depend on."""
+"""The shapes of a convolution: what its forms, and the memory that they take, depend on."""
 
 from __future__ import annotations
 
@@ -45,18 +45,38 @@ class Operands(NamedTuple):
         return frames, height, width
 
     @property
+    def given_frame(self) -> int:
+        """Elements of one frame of the input, of the whole batch."""
+        return self.batch * self.given[1] * self.given[2] * self.channels_in
+
+    @property
     def frame_bytes(self) -> int:
-        """One frame of the input."""
-        return self.given[1] * self.given[2] * self.channels_in * self.itemsize
+        """One frame of the input of one entry of the batch."""
+        return self.given_frame // self.batch * self.itemsize
+
+    @property
+    def padded(self) -> int:
+        """Elements of the padded input."""
+        return self.batch * (self.frames + 2) * (self.height + 2) * (self.width + 2) * self.channels_in
+
+    @property
+    def weights(self) -> int:
+        """Elements of the kernel."""
+        return 27 * self.channels_in * self.channels_out
+
+    @property
+    def made(self) -> int:
+        """Elements of the output."""
+        return self.batch * self.frames * self.height * self.width * self.channels_out
 
     @property
     def operations(self) -> int:
         """Multiplications and additions."""
-        return 54 * self.channels_in * self.channels_out * self.batch * self.frames * self.height * self.width
+        return 54 * self.channels_in * self.made
 
     @property
     def output_bytes(self) -> int:
-        return self.batch * self.frames * self.height * self.width * self.channels_out * self.itemsize
+        return self.made * self.itemsize
 
 
 def operands_of(

@@ -11,8 +11,7 @@ import numpy as np
 from mlx_vae_tiling.vae.blocks import PaddingMode
 from mlx_vae_tiling.vae.kernels.numbers import widen
 from mlx_vae_tiling.vae.kernels.workspace import Shape
-
-PIXEL_NORM_EPS = 1e-8
+from mlx_vae_tiling.vae.operations import PIXEL_NORM_EPS
 
 BAND_FLOATS = 2**15
 """Numbers that are activated at a time, so that all passes over them but the first are in cache."""

@@ -27,11 +27,10 @@ from mlx_vae_tiling.vae.kernels.winograd_kernel import (
     TILE_HEIGHT,
     TILE_WIDTH,
     kernel_shapes,
-    part_of,
     transform,
 )
 from mlx_vae_tiling.vae.kernels.workers import share
-from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of
+from mlx_vae_tiling.vae.kernels.workspace import Shape, Workspace, bytes_of, part_of
 
 TILES_PER_BLOCK = 192
 """Rows of each matrix that is multiplied: with fewer BLAS is slower, with more the caches are."""

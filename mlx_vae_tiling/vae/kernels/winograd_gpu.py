@@ -113,12 +113,8 @@ def _even(length: int, count: int) -> list[tuple[int, int]]:
 def block_workspace_bytes(operands: Operands, blocks: list[Block]) -> int:
     """Of the form "winograd32": result, weights in float32, and the largest block."""
     largest = max(_block_bytes(operands, block.frames * block.repeats, block.rows) for block in blocks)
-    weights = 4 * 27 * operands.channels_in * operands.channels_out
-    padded = 0
-    if not _by_the_kernel(operands.padding):
-        padded = operands.batch * (operands.frames + 2) * (operands.height + 2) * (operands.width + 2)
-    padded *= operands.channels_in * operands.itemsize
-    return operands.output_bytes + weights + max(largest, operands.output_bytes) + padded
+    padded = 0 if _by_the_kernel(operands.padding) else operands.padded * operands.itemsize
+    return operands.output_bytes + 4 * operands.weights + max(largest, operands.output_bytes) + padded
 
 
 def in_blocks(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 
 from mlx_vae_tiling.vae.kernels.workers import share
-from mlx_vae_tiling.vae.kernels.workspace import Shape
+from mlx_vae_tiling.vae.kernels.workspace import Shape, part_of
 
 TILE_HEIGHT, TILE_WIDTH = 4, 2
 PRODUCTS = (TILE_HEIGHT + 2) * (TILE_WIDTH + 2)
@@ -73,8 +72,3 @@ def transform(weight: np.ndarray, out: np.ndarray, buffers: Sequence[np.ndarray]
 def kernel_shapes(outputs: int, channels: int) -> list[Shape]:
     """Of the result of `transform`, and of a worker's buffer."""
     return [(PRODUCTS, 3 * channels, outputs), (9, min(channels, 4 * LINE_FLOATS), outputs)]
-
-
-def part_of(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """The beginning of a contiguous array as an array of another shape."""
-    return array.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -53,5 +53,10 @@ def bytes_of(*shapes: Shape) -> int:
     return 4 * (sum(map(_aligned, shapes)) + _ALIGNMENT)
 
 
+def part_of(array: np.ndarray, shape: Shape) -> np.ndarray:
+    """The beginning of a contiguous array as an array of another shape."""
+    return array.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
 def _aligned(shape: Shape) -> int:
     return -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
