@@ -138,6 +138,15 @@ class Noise:
             mx.eval(drawn[-1])
         return mx.stack(drawn, axis=2)
 
+    @staticmethod
+    def pixels_bytes(region: Region, planes: int) -> int:
+        """What `pixels` takes with a copy in another order, in a region with so many numbers at a position.
+
+        Each frame is drawn whole, beside the parts that are kept of those before.
+        """
+        kept, frame = planes * region.volume, planes * region.height.size * region.width.size
+        return 4 * max(3 * kept, kept + frame)
+
     def _given(self, frames: range, rows: slice, columns: slice) -> mx.array:
         """A part of the array, whose borders are repeated beyond them, as those of a padded tile are."""
         assert self.given is not None
