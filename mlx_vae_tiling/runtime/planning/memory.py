@@ -40,10 +40,12 @@ def parse_bytes(amount: int | float | str) -> int:
     """
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
-        if match and match[2].upper() in _UNITS:
-            return parse_bytes(float(match[1]) * _UNITS[match[2].upper()])
-    elif isinstance(amount, Real) and not isinstance(amount, bool) and 1 <= amount < 2**63:
-        return int(amount)
+        known = match and match[2].upper() in _UNITS
+        found = float(match[1]) * _UNITS[match[2].upper()] if match and known else 0
+    else:
+        found = amount if isinstance(amount, Real) and not isinstance(amount, bool) else 0
+    if 1 <= found < 2**63:
+        return int(found)
     raise ValueError(
         f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {told(amount)}"
     )
