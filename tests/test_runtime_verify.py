@@ -13,6 +13,8 @@ from mlx_vae_tiling.runtime.verification.compare import Comparison, Score, total
 from mlx_vae_tiling.runtime.verification.seams import Seams, seams_of
 from mlx_vae_tiling.runtime.verification.verification import Verification
 from mlx_vae_tiling.tiling import SpatialTilingConfig, TemporalTilingConfig
+from mlx_vae_tiling.vae import cpu
+from mlx_vae_tiling.vae.kernels.workspace import Workspace
 
 SIZE = (4, 4, 3)
 """Latents: 25 frames of 96x128 pixels."""
@@ -195,6 +197,26 @@ def test_scores_do_not_depend_on_the_memory_which_is_kept(decoder, latents, toge
     free = verify_decode(decoder, latents, tiling=tiling, memory_limit="1GB")
     for one, other in zip(result.frames, free.frames, strict=True):
         assert one.psnr == pytest.approx(other.psnr, abs=0.1)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("together", [True, False])
+def test_both_decodes_compute_in_the_memory_that_is_counted(decoder, latents, together, monkeypatch):
+    """What NumPy takes outside MLX is there once for both, as the peak has it."""
+    opened = []
+
+    class Watched(Workspace):
+        def __init__(self):
+            super().__init__()
+            opened.append(self)
+
+    monkeypatch.setattr(cpu, "Workspace", Watched)
+    tiling = TilingConfig.temporal_only(16, 8)
+    needed = plan_decode(decoder, latents.shape, tiling=tiling, memory_limit="1GB").peak_bytes
+    limit = int(needed * (1.5 if together else 1.02))
+    verify_decode(decoder, latents, tiling=tiling, memory_limit=limit)
+    held = [workspace.nbytes for workspace in opened]
+    assert sum(held) == max(held) > 0
 
 
 def test_decodes_run_in_turns_and_hold_a_piece_each(decoder, monkeypatch):

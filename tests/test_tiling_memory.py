@@ -113,3 +113,17 @@ def test_peak_of_many_small_tiles_is_that_of_what_is_finished(dtype):
             del piece
 
     assert measure(run).peak_bytes == pytest.approx(predicted, rel=0.03)
+
+
+@pytest.mark.parametrize("overlap", [0, 16], ids=["apart", "overlapping"])
+def test_peak_of_the_first_tile_has_its_weights(overlap):
+    """What was unfinished before goes when the tile's buffers are open, and the weights come."""
+    config, array = TilingConfig.temporal_only(32, overlap), latents(9)
+    tiles = plan_tiles(array.shape, config, 32, 8)
+    predicted = blending_bytes(tiles, 3, 4, lambda f, h, w: 0, 0)
+
+    def run():
+        for piece in iter_decode_with_tiling(upscale, array, config):
+            del piece
+
+    assert measure(run).peak_bytes == pytest.approx(predicted, rel=0.03)

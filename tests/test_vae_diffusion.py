@@ -17,10 +17,12 @@ from mlx.utils import tree_flatten
 from vae_cases import joined, relative_error
 
 from mlx_vae_tiling import plan_decode
+from mlx_vae_tiling.vae.backend import Where
 from mlx_vae_tiling.vae.backends import CPU
 from mlx_vae_tiling.vae.diffusion import DiffusionDecoder
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.regions import Window
+from mlx_vae_tiling.vae.schedule import regions_of
 
 # Part of each frozen case, for the larger ones: a window is computed from what it depends on alone.
 WINDOWS = [
@@ -157,6 +159,33 @@ def test_an_undersized_clip_is_the_crop_of_its_repetition():
     noise = mx.random.normal((1, 3, 17, 160, 160), key=mx.random.key(2))
     expected = joined(decoder.stream(padded, noise=noise))[:, :, :9, 32:96, :128]
     assert relative_error(joined(decoder.stream(latents, noise=noise)), expected) <= 1e-5
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("columns", [slice(0, 1280), slice(30, 34)], ids=["all", "a corner"])
+@pytest.mark.parametrize("step", ["first", "last"])
+def test_drawing_noise_takes_what_is_said(columns, step):
+    """Of every frame all is drawn, also where a window keeps little of it."""
+    decoder = small_decoder(model_output_type="v")
+    latents, window = random_latents(2, 5, 40), Window(slice(3, 4), slice(0, 4), columns)
+    steps = decoder.steps(decoder.options())
+    if step == "first":
+        number = next(i for i, each in enumerate(steps) if each.compute == decoder._entered)
+    else:
+        number = len(steps) - 2
+    output = regions_of(steps, window.region(*decoder.output_shape(latents.shape)[2:]))[number]
+    inputs = tuple(need.before(output) for _, need in steps[number].reads)
+    noise = decoder.noise(latents.shape, decoder.options(seed=3))
+    where = Where(inputs, output, 1, mx.float32, CPU.opened(), noise)
+    width = decoder.config.stage_channels[-1]
+    context = mx.zeros((1, *(span.length for span in inputs[0]), width))
+    mx.eval(context, decoder.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = steps[number].compute([context], where)
+    mx.eval(made)
+    assert mx.get_peak_memory() - before == pytest.approx(steps[number].taken(where).nbytes, rel=0.05)
 
 
 def test_normalised_or_not():

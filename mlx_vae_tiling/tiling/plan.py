@@ -88,15 +88,16 @@ def blending_bytes(
     peak = carry = 0
     for time, (start, end) in zip(plan.frames, pairwise(starts), strict=True):
         frames = _length(time.output)
-        group, held = 0 if alone else frame * frames, carry
+        group, held, unfinished = 0 if alone else frame * frames, carry, carry
         for rows, columns in product(plan.rows, plan.columns):
             plane = 4 * frames * _length(rows.output) * _length(columns.output)
             tile = planes * plane
             latents = (_length(axis.latents) for axis in (time, rows, columns))
             # The pieces of a tile are joined, added to the group and weighted in place.
             peak = max(peak, held + max(decoding(*latents), 2 * tile))
-            peak = max(peak, group + tile + (carry if held == carry else plane))
-            held = group
+            # What is unfinished goes when the group is there, and only then come the weights.
+            peak = max(peak, group + tile + max(unfinished, 0 if alone else plane))
+            held, unfinished = group, 0
         carry, piece = frame * (start + frames - end), frame * (end - start)
         rounding = piece // 2 if itemsize < 4 else 0
         peak = max(peak, carry + piece + rounding + finishing)

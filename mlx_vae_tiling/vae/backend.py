@@ -142,6 +142,10 @@ class Backend(LayerBackend):
         """The backend for one decode: with what only one may use at a time. Opened again it is the same."""
         return self
 
+    def opened_beside(self, other: Backend) -> Backend:
+        """The same for a decode in turns with another one: they share what only one uses at a time."""
+        return self.opened()
+
     @property
     def held_workspace_bytes(self) -> int:
         """What it holds outside MLX."""

@@ -49,6 +49,9 @@ class CPUBackend(CPULayerBackend, Backend):
     def opened(self) -> CPUBackend:
         return replace(self, workspace=self.workspace or Workspace(), workers=self.threads)
 
+    def opened_beside(self, other: Backend) -> Backend:
+        return replace(self, workspace=other.workspace if isinstance(other, CPUBackend) else None).opened()
+
     @property
     def held_workspace_bytes(self) -> int:
         return self.workspace.nbytes if self.workspace else 0

@@ -251,8 +251,7 @@ class DiffusionDecoder(StreamingDecoder):
     def _entered_taken(self, where: Where) -> Taken:
         positions = where.batch * where.output.volume
         patch, width = self.config.out_channels * self.config.patch_size**2, self.config.stage_channels[-1]
-        # The noise is drawn in float32 by the frame, joined and cut to patches.
-        drawing = positions * patch * 12 * (len(where.inputs) == 1)
+        drawing = Noise.pixels_bytes(where.output, where.batch * patch) * (len(where.inputs) == 1)
         mixing = positions * (patch + 3 * width) * where.dtype.size
         workspace = max(where.backend.linear_workspace(c, width, where.dtype.size) for c in (patch, width))
         return Taken(max(drawing, mixing), positions * width, workspace)
@@ -280,7 +279,9 @@ class DiffusionDecoder(StreamingDecoder):
 
     def _advanced_taken(self, where: Where) -> Taken:
         patch = self.config.out_channels * self.config.patch_size**2
-        advancing = where.batch * where.output.volume * patch * (4 * 4 + 2 * where.dtype.size)
+        made = where.batch * where.output.volume * patch
+        drawing = Noise.pixels_bytes(where.output, where.batch * patch) * (len(where.inputs) == 1)
+        advancing = made * where.dtype.size + max(made * (4 * 4 + where.dtype.size), drawing)
         predicting = self._predicted_taken(where)
         return predicting._replace(nbytes=max(predicting.nbytes, advancing))
 

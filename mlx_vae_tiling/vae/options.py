@@ -121,6 +121,15 @@ class Noise:
             mx.eval(drawn[-1])
         return mx.stack(drawn, axis=2)
 
+    @staticmethod
+    def pixels_bytes(region: Region, planes: int) -> int:
+        """What `pixels` takes with a copy in another order, in a region with so many numbers at a position.
+
+        Each frame is drawn whole, beside the parts that are kept of those before.
+        """
+        kept, frame = planes * region.volume, planes * region.height.size * region.width.size
+        return 4 * max(3 * kept, kept + frame)
+
     def _place(self, region: Region, time: int, side: int) -> tuple[range, slice, slice]:
         """Where a region lies in the whole video, at a level of so many frames and positions per latent."""
         first, top, left = (n * scale for n, scale in zip(self.origin, (time, side, side), strict=True))

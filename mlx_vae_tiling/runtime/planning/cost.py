@@ -242,7 +242,7 @@ class CostModel:
     def _traced(self, times: tuple[Span, ...], step: int, cap: int | None) -> Trace:
         """Runs a schedule with numbers of frames in place of frames."""
         count = len(self.steps)
-        held = [HeldLengths(span.start) for span in times]
+        held, frames = [HeldLengths(span.start) for span in times], [0] * count
         read = np.zeros(count, np.int64)
         numbers: dict[tuple[int, ...], int] = {}
         chunks: list[Chunk] = []
@@ -250,22 +250,28 @@ class CostModel:
         copying: set[tuple[int, ...]] = set()
         between: set[tuple[int, ...]] = {(0,) * count}
 
-        def frames_with(copied: int, number: int) -> tuple[int, ...]:
-            return tuple(each.frames + copied * (i == number) for i, each in enumerate(held))
+        def frames_with(copied: int) -> tuple[int, ...]:
+            """What is held now; of the step that has changed, with what is there twice."""
+            frames[number] = held[number].frames + copied
+            found = tuple(frames)
+            frames[number] -= copied
+            return found
 
         for event in schedule(self.steps, times, Pace(step, cap)):
             number = event.step
             if isinstance(event, Forget):
                 if copied := held[number].forget(event.before):
-                    copying.add(frames_with(copied, number))
+                    copying.add(frames_with(copied))
+                frames[number] = held[number].frames
                 continue
             if isinstance(event, Deliver):
                 held[number].deliver()
-                between.add(frames_with(0, number))
+                between.add(frames_with(0))
                 continue
-            for producer, _ in self.steps[number].reads:
-                if copied := held[producer].join():
-                    copying.add(frames_with(copied, producer))
+            for number, _ in self.steps[event.step].reads:
+                if copied := held[number].join():
+                    copying.add(frames_with(copied))
+            number = event.step
             output = times[number]._replace(start=event.start, stop=event.stop)
             seen = [need.along(0, output).length for _, need in self.steps[number].reads]
             read[number] += seen[0] if seen else 0
@@ -273,7 +279,8 @@ class CostModel:
             if kind not in numbers:
                 numbers[kind] = len(chunks)
                 chunks.append(Chunk(*event))
-            computing.add((numbers[kind], *frames_with(0, number)))
+            computing.add((numbers[kind], *frames_with(0)))
             held[number].add(output.length)
+            frames[number] = held[number].frames
         told = [np.array(list(found), np.int64) for found in (computing, copying, between)]
         return Trace(chunks, told[0], told[1], told[2], read)

@@ -108,7 +108,7 @@ def verify_decode(
         # A decode in turns with another one counts what that holds, too.
         exact = replace(beside, memory_limit=plan.memory_limit) if in_turns else planned(None, memory_limit)
         ours = _frames(job, meter) if in_turns else _kept(job, meter)
-        theirs = _frames(job_of(exact), meter)
+        theirs = _frames(job_of(replace(exact, backend=exact.backend.opened_beside(job.backend))), meter)
     with contextlib.closing(ours), contextlib.closing(theirs):
         scores = list(_scored(_paired(ours, theirs, name), comparison, seams, report))
     at_seams, elsewhere = zip(*scores, strict=True)
