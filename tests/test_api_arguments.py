@@ -30,6 +30,7 @@ def test_integers_of_numpy_are_integers(decoder, latents):
     assert np.array_equal(cut, frames(decoder, latents, window=Window(slice(0, 3), slice(0, 40)), seed=3))
     halo = plan_decode(decoder, latents.shape, tiling=np.int64(2), memory_limit="1GB")
     assert halo == plan_decode(decoder, latents.shape, tiling=2, memory_limit="1GB")
+    assert frames(decoder, latents, bits=np.int64(16)).dtype == np.uint16
     options = DecodeOptions(False, (), 0.0, three, True)
     assert repr(options) == repr(DecodeOptions(False, (), 0.0, 3, True))  # which a resumed decode compares
 
@@ -60,6 +61,26 @@ def test_what_is_no_decoder_is_refused(latents, call, given):
     options = {"tiling": 1} if call is verify_decode else {}
     with pytest.raises(TypeError, match=r"decoder .*got a (str|NoneType|int); load_decoder loads"):
         call(given, second, **options)
+
+
+def test_a_plan_has_its_own_memory_limit_tiling_and_window(decoder, latents):
+    plan = plan_decode(decoder, latents.shape, memory_limit="1GB", window=Window(slice(0, 3)))
+    for name, given in {"memory_limit": "2GB", "tiling": 1, "window": Window(slice(0, 5))}.items():
+        with pytest.raises(ValueError, match=f"a plan has its own {name}, got .*; pass that to plan_decode"):
+            decode_frames(decoder, latents, plan=plan, **{name: given})
+    assert sum(map(len, decode_frames(decoder, latents, plan=plan))) == 3
+
+
+def test_a_plan_for_another_decoder_is_one_short_line(latents):
+    plan = plan_decode(small_decoder("0.9.1"), latents.shape, memory_limit="1GB")
+    with pytest.raises(ValueError, match=r"^the plan is for a decoder of another architecture; .{,40}$"):
+        decode_frames(small_decoder("ltx-2.3"), latents, plan=plan)
+
+
+@pytest.mark.parametrize("group", [3, "two"])
+def test_what_is_no_group_is_refused(decoder, latents, group):
+    with pytest.raises(TypeError, match=f"group must be what mx.distributed.init.. returns, .*{group}"):
+        decode_frames(decoder, latents, group=group)
 
 
 def test_a_decoder_takes_what_the_tiling_of_mlx_video_passes(decoder, latents):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,16 +48,32 @@ def require_options(
 ) -> None:
     """Raises a `TypeError` where an option is of no kind that it can have; None is the decoder's default."""
     require("causal", causal, "True, False or None", bool, np.bool_, None)
-    require("timestep", timestep, "a number, or an array or list of them", Real, list, tuple, mx.array, None)
-    numbers = [timestep] if isinstance(timestep, Real) else timestep
-    if isinstance(numbers, list | tuple):
-        for number in numbers:
-            require("timestep", number, "a number, or an array or list of them", Real)
-            if not abs(number) < 1e9:
-                raise ValueError(f"timestep must be finite and small, got {told(timestep)}")
+    if timestep is not None:
+        timesteps_of(timestep)
     require("noise_scale", noise_scale, "a number or None", Real, None)
     require("normalized", normalized, "True or False", bool, np.bool_)
     require("num_inference_steps", num_inference_steps, "an integer or None", Integral, None)
+
+
+def timesteps_of(timestep: object) -> tuple[float, ...]:
+    """A timestep, or one for each batch entry, as numbers in float32.
+
+    Raises:
+        TypeError: If it is neither a number nor an array or list of them.
+        ValueError: If there is none, or one is not finite or not small.
+    """
+    kinds = "a number, or an array or list of them"
+    require("timestep", timestep, kinds, Real, list, tuple, mx.array, np.ndarray)
+    # Planning asks for this too, and a number needs no device.
+    given: Any = timestep.reshape(-1).tolist() if isinstance(timestep, mx.array | np.ndarray) else timestep
+    numbers = given if isinstance(given, list | tuple) else [given]
+    if not numbers:
+        raise ValueError(f"timestep must be one number or one per batch entry, got {told(timestep)}")
+    for number in numbers:
+        require("timestep", number, kinds, Real)
+        if not abs(number) < 1e9:
+            raise ValueError(f"timestep must be finite and small, got {told(timestep)}")
+    return tuple(float(np.float32(number)) for number in numbers)
 
 
 @dataclass(frozen=True)

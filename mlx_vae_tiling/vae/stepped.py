@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
+import numpy.typing as npt
 
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.dtypes import FLOATS
@@ -20,7 +22,7 @@ from mlx_vae_tiling.vae.schedule import Step, regions_of
 from mlx_vae_tiling.vae.stream import Stream
 from mlx_vae_tiling.vae.weights import WeightedModule
 
-Timestep = float | Sequence[float] | mx.array
+Timestep = float | Sequence[float] | mx.array | npt.NDArray[Any]
 
 
 class SteppedDecoder(WeightedModule):
