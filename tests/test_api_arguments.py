@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 from vae_cases import random_latents, small_decoder
 
-from mlx_vae_tiling import Window, decode_frames, plan_decode, verify_decode
+from mlx_vae_tiling import (
+    DiffusionDecoder,
+    TinyDecoder,
+    TinyDecoderConfig,
+    VideoDecoder,
+    Window,
+    decode_frames,
+    plan_decode,
+    verify_decode,
+)
+from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.options import DecodeOptions
+from mlx_vae_tiling.vae.published import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +94,41 @@ def test_what_is_no_group_is_refused(decoder, latents, group):
         decode_frames(decoder, latents, group=group)
 
 
+@pytest.mark.parametrize("kind", [VideoDecoder, DiffusionDecoder, TinyDecoder])
+@pytest.mark.parametrize("given", ["demo", None, PUBLISHED["ltx-2.3"]])
+def test_what_is_no_config_is_refused(kind, given):
+    with pytest.raises(TypeError, match=r"config must be a \w+Config \(load_decoder takes names.*, got "):
+        kind(given)
+
+
+def test_a_tiny_config_of_other_types_is_refused():
+    with pytest.raises(TypeError, match="widths must be 4 positive integers, got 16"):
+        TinyDecoderConfig(16)
+    with pytest.raises(TypeError, match="widths and blocks must be positive integers, got '8'"):
+        TinyDecoderConfig((16, 16, 8, "8"))
+
+
+@pytest.mark.parametrize("kind", ["ltx-2.3", "ltx-2.5", "tiny"])
+def test_random_weights_take_the_seeds_that_noise_takes(kind):
+    decoder = small_tiny() if kind == "tiny" else build_decoder(PUBLISHED[kind].config)
+    for seed in (-1, "x", 2**64):
+        with pytest.raises(ValueError, match=f"seed must be an integer from 0 to .*, got {seed!r}"):
+            decoder.init_random(seed)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "kind", "message"),
+    [
+        ((0, None), ValueError, "latent_frames must be at least 1, got 0"),
+        ((1, 0), ValueError, "max_chunk_frames must be at least 1, got 0"),
+        (("a", 2), TypeError, "latent_frames must be a whole number, got 'a'"),
+    ],
+)
+def test_chunks_of_nothing_are_refused(decoder, latents, chunk, kind, message):
+    with pytest.raises(kind, match=message):
+        plan_decode(decoder, latents.shape, chunk=chunk)
+
+
 def test_a_decoder_takes_what_the_tiling_of_mlx_video_passes(decoder, latents):
     whole = decoder(latents)
     assert mx.array_equal(
@@ -98,6 +144,4 @@ def test_a_tiny_decoder_has_no_steps():
 
 
 def small_tiny():
-    from mlx_vae_tiling import TinyDecoder, TinyDecoderConfig
-
     return TinyDecoder(TinyDecoderConfig((16, 16, 8, 8)))

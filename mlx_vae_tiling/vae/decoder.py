@@ -55,8 +55,7 @@ class VideoDecoder(StreamingDecoder):
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, DecoderConfig)
         self.decode_timestep = 0.05
         self.decode_noise_scale = 0.025
         padding, conditioned = config.spatial_padding_mode, config.timestep_conditioning

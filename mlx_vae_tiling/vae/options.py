@@ -36,11 +36,16 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.noise_scale <= 1:
             raise ValueError(f"noise_scale must lie between 0 and 1, got {self.noise_scale}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(self.seed)}")
-        object.__setattr__(self, "seed", int(self.seed))  # NumPy's is written in another way
+        object.__setattr__(self, "seed", seed_of(self.seed))  # NumPy's is written in another way
         if self.inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.inference_steps}")
+
+
+def seed_of(seed: int) -> int:
+    """A seed that MLX takes; raises a `ValueError` where it is none."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(seed)}")
+    return int(seed)
 
 
 def require_options(

@@ -30,6 +30,10 @@ class SteppedDecoder(WeightedModule):
 
     It has no weights until `load_weights`, `update` or `init_random` gave it some.
 
+    Args:
+        config: The architecture.
+        kind: Of configs that the decoder is made of.
+
     Attributes:
         config: The architecture.
         convolution_form: Pins a form of convolution, None for the backend's choice.
@@ -37,8 +41,10 @@ class SteppedDecoder(WeightedModule):
 
     config: Config
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, kind: type) -> None:
         super().__init__()
+        require("config", config, f"a {kind.__name__} (load_decoder takes names and files)", kind)
+        self.config = config
         self.convolution_form: ConvolutionForm | None = None
 
     @property

@@ -29,6 +29,7 @@ from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Region, Span, Window, as_window
+from mlx_vae_tiling.vae.schedule import Pace
 
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
@@ -132,6 +133,8 @@ def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object)
     require("chunk", chunk, "(latent frames, most frames of a layer) or None", tuple, None)
     if isinstance(chunk, tuple) and len(chunk) != 2:
         raise ValueError(f"chunk must be (latent frames, most frames of a layer), got {told(chunk)}")
+    if isinstance(chunk, tuple):
+        Pace(*chunk)  # which says what is wrong with it
 
 
 def _plan_exact(
