@@ -12,6 +12,8 @@ from mlx_vae_tiling import (
     VideoDecoder,
     Window,
     decode_frames,
+    decode_to_file,
+    fetch_vae,
     plan_decode,
     verify_decode,
 )
@@ -51,7 +53,7 @@ WRONG = {
     "float in a window": ({"window": Window(slice(0.0, 3.0))}, TypeError, "a slice of integers, got slice"),
     "window of an integer": ({"window": Window(3)}, TypeError, "frames must be a slice or None, got 3"),
     "float as halo": ({"tiling": 1.5}, ValueError, "from 0 on, got 1.5"),
-    "text as halo": ({"tiling": "auto"}, ValueError, "from 0 on, got 'auto'"),
+    "text as halo": ({"tiling": "auto"}, ValueError, "a TilingConfig such as .* from 0 on, got 'auto'"),
     "bool as halo": ({"tiling": True}, ValueError, "from 0 on, got True"),
     "float as seed": ({"seed": 1.0}, ValueError, "seed must be an integer"),
     "bool as seed": ({"seed": True}, ValueError, "seed must be an integer"),
@@ -127,6 +129,28 @@ def test_random_weights_take_the_seeds_that_noise_takes(kind):
 def test_chunks_of_nothing_are_refused(decoder, latents, chunk, kind, message):
     with pytest.raises(kind, match=message):
         plan_decode(decoder, latents.shape, chunk=chunk)
+
+
+WRONG_FILES = {
+    "bytes": (b"out.npy", {}, r"path must be text or a path, got b'out.npy'"),
+    "nothing": (None, {}, "path must be text or a path, got None"),
+    "text as quality": ("out.mp4", {"quality": "best"}, "quality must be a number or None, got 'best'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_arguments_of_a_file_are_one_clear_error(decoder, latents, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, options, message = WRONG_FILES[name]
+    with pytest.raises(TypeError, match=message):
+        decode_to_file(decoder, latents, path, memory_limit="1GB", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["repo_id", "filename", "revision"])
+def test_what_is_fetched_is_named_by_text(name):
+    with pytest.raises(TypeError, match=f"{name} must be text.*, got 3"):
+        fetch_vae(**{"repo_id": "owner/name", name: 3})
 
 
 def test_a_decoder_takes_what_the_tiling_of_mlx_video_passes(decoder, latents):

@@ -156,6 +156,7 @@ def decode_to_file(
         ValueError, ArithmeticError, ConnectionError: As `decode_frames`.
     """
     began = time.perf_counter()
+    require("path", path, "text or a path", str, os.PathLike)
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}

@@ -111,7 +111,10 @@ def plan_decode(
 
 def _halo(tiling: int | None) -> int | None:
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
-        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
+        raise ValueError(
+            "tiling must be None, a TilingConfig such as TilingConfig.default(), or, for a halo, a number of "
+            f"latents from 0 on, got {told(tiling)}"
+        )
     return None if tiling is None else int(tiling)
 
 
