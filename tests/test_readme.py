@@ -64,7 +64,7 @@ def test_ci_runs_both_commands():
         INSTALL_AND_DECODE,
         INSTALL_AND_TEST,
     ]
-    assert INSTALL_AND_TEST.split(" && ")[1] == "pytest"
+    assert INSTALL_AND_TEST.split(" && ")[1] == "pytest -n 2"
     assert INSTALL_AND_TEST.replace(" && ", "\n") in (ROOT / "CONTRIBUTING.md").read_text()
 
 
