@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
@@ -134,6 +135,8 @@ class DiffusionDecoder(StreamingDecoder):
         """
         if not isinstance(given, mx.array):
             return super().noise(latent_shape, options, given)
+        if given.dtype not in FLOATS:
+            raise ValueError(f"noise must be float32, float16 or bfloat16, got {given.dtype}")
         drawn = Noise(options.seed, (latent_shape[3], latent_shape[4]))
         b, channels, *size = self.output_shape(latent_shape)
         added = [self._pixel_padding.added(axis, n) for axis, n in enumerate(size)]
