@@ -18,6 +18,7 @@ from mlx_vae_tiling import TilingConfig, cli, decode_frames, load_decoder, load_
 from mlx_vae_tiling.checkpoints.locate import DEMO
 from mlx_vae_tiling.cli.options import PRESETS
 from mlx_vae_tiling.media import video
+from mlx_vae_tiling.runtime.resuming.output import store_folder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
 pytestmark = pytest.mark.cpu
@@ -239,6 +240,33 @@ def test_interrupted_and_resumed(shot, monkeypatch, capsys):
     assert "from before" in capsys.readouterr().out
     assert np.abs(np.load("shot.npy").astype(int) - np.load("whole.npy")).max() <= 1
     assert not os.path.exists("shot.npy.partial")
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("100%/x.npy", "x.npy"),
+        ("100%/x.mp4", "x.mp4"),
+        ("100%/x_%03d.png", "x_008.png"),
+        ("100%/50%%_%d.png", "50%_8.png"),
+        ("100%/", "frame_00008.png"),
+        ("100%/%d/", "%d/frame_00008.png"),
+    ],
+)
+def test_a_percent_sign_in_the_name_of_a_folder_is_one(path, last, shot, capsys):
+    os.mkdir("100%")
+    assert decode("-o", path, "-q") == 0
+    assert os.path.isfile(f"100%/{last}") and set(os.listdir()) == {"shot.safetensors", "100%"}
+    assert len(list((shot / "100%").glob("**/*.partial*"))) == 0
+    capsys.readouterr()
+    assert decode("-o", path, "-q") == 2
+    assert "the output exists already" in capsys.readouterr().err
+    assert decode("-o", path, "-q", "--overwrite") == 0
+    assert run("verify", "shot.safetensors", "--vae", "demo", "--against", path, "-q") in (0, 1)
+
+
+def test_names_that_differ_by_a_percent_sign_are_two_decodes():
+    assert store_folder("100%.npy") != store_folder("100.npy")
 
 
 def test_existing_outputs_and_the_input_stay(shot, latents, capsys):

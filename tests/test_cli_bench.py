@@ -61,6 +61,21 @@ def test_bench_as_json_keeps_forms_and_draws(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "none/memory.png"], "none: no such directory to write in, create it first"),
+        (["--plot", "memory.txt"], "a picture must end in "),
+        (["--latent-frames", "0"], "--latent-frames must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(options, message, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("mlx_vae_tiling.cli.bench.bench", None)
+    assert main(["bench", "--quick", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--size", "100x96"], "--size must be WxH in multiples of 32, from 64 on, got '100x96'"),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,6 +44,20 @@ def told(capsys):
         (["--steps", "4"], "--steps is for diffusion decoders, got 4 for another"),
         (["--frames", "8:90"], "--frames must be A:B inside 0:9 and not empty, got 8:90"),
         (["--frames", "8:"], None),
+        (["--frames", "9:"], "--frames must be A:B inside 0:9 and not empty, got 9:"),
+        (["--crop", ":97,:"], "height in --crop must be A:B inside 0:96 and not empty, got :97"),
+        (
+            ["--memory", "0"],
+            "--memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got '0'",
+        ),
+        (["--latent-size", "2x3x5"], "--latent-size must be (2, 3, 4) for shot.safetensors, got (2, 3, 5)"),
+        (["--latent-size", "0x3x4"], "--latent-size must be FxHxW in latents, such as 16x17x30, got '0x3x4'"),
+        (
+            ["--key", "no"],
+            "--key must name a tensor of shot.safetensors, got 'no'; it holds latents float16 "
+            "(1, 128, 2, 3, 4)",
+        ),
+        (["--vae", ""], "a VAE must be named, got an empty name"),
         (["--crop", "0:999,:"], "height in --crop must be A:B inside 0:96 and not empty, got 0:999"),
         (["--crop", ":,5:5"], "width in --crop must be A:B inside 0:128 and not empty, got 5:5"),
         (["--audio", "a.wav"], "--audio is for .mp4 and .mov, leave it out for x.npy: 'a.wav'"),
@@ -65,8 +81,35 @@ def test_messages_name_the_options_of_the_command(shot, options, message, capsys
         assert told(capsys) == message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "batch.npy", "-o", "x.npy"], "save each video in a file of its own"),
+        (["decode", "packed.npy", "-o", "x.npy"], "packed latents need --latent-size FxHxW with F*H*W = 24"),
+        (["decode", "shot.safetensors", "-o", "there.npy"], "replace it (--overwrite) or choose"),
+        (["decode", "shot.safetensors", "-o", "link.mp4"], "nowhere: no such directory to write in, create"),
+        (["plan", "--shape", "2x0x4"], "--shape must be FxHxW in latents, such as 16x17x30, got '2x0x4'"),
+        (["plan", "demo", "--tiling", "default", "--ranks", "2"], "several take windows: --tiling none"),
+    ],
+)
+def test_messages_give_the_way_out_that_the_command_has(shot, arguments, message, capsys):
+    latents = np.zeros((2, 128, 2, 3, 4), np.float32)
+    np.save("batch.npy", latents)
+    np.save("packed.npy", latents[:1].reshape(1, 128, 24).swapaxes(1, 2))
+    np.save("there.npy", latents)
+    os.symlink("nowhere/x.mp4", "link.mp4")
+    assert cli.main([*arguments, "--vae", "demo", *(["-q"] if arguments[0] == "decode" else [])]) == 2
+    said = told(capsys)
+    assert message in said and "=True" not in said and "=None" not in said
+
+
+def test_a_plan_that_does_not_fit_names_the_option(shot, capsys):
+    assert cli.main(["plan", "demo", "--vae", "demo", "--memory", "1MB"]) == 1
+    assert capsys.readouterr().err.endswith(": raise --memory\n")
+
+
 def test_other_words_stay():
-    text = "the seed is 3, the window height of a house, slice(a), noise_scaled"
+    text = "the seed is 3, the window height of a house, slice(a), noise_scaled, got None: 3"
     assert in_options(text) == text.replace("window height", "height in --crop")
 
 
@@ -144,6 +187,17 @@ def test_a_missing_temporary_folder_is_named(shot):
     # MLX needs one only where it compiles for the CPU.
     if running.returncode:
         assert (out, err.count("\n")) == ("", 1) and "directory for temporary files, TMPDIR is '/none'" in err
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.npy", "x_%d.png"])
+def test_a_disk_that_is_full_before_the_first_frame_keeps_nothing(shot, name):
+    """A limit of the size of files, of which the system tells as of a full disk."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2048, 2048))
+    arguments = ["decode", "shot.safetensors", "--vae", "demo", "-o", name, "-q"]
+    running = process(arguments, preexec_fn=limit)
+    out, err = running.communicate()
+    assert (running.returncode, out, err) == (2, "", f"mlx-vae-tiling: error: {name}: File too large\n")
+    assert os.listdir() == ["shot.safetensors"]
 
 
 def test_json_of_a_plan_goes_to_a_pipe(shot):

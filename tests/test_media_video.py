@@ -463,3 +463,12 @@ def test_without_pyav(tmp_path, monkeypatch, name):
     with pytest.raises(ModuleNotFoundError, match=r"needs PyAV: pip install 'mlx_vae_tiling\[video\]'"):
         open_video(f"{tmp_path}/{name}")
     write(tmp_path / "a.npy", frame_batch())
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_a_muxer_that_would_leave_the_video_empty_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(av.library_versions, "libavformat", (62, 3, 100))
+    with pytest.raises(ImportError, match=r"needs PyAV 17\.1 or later.*pip install -U 'av>=17\.1'; this is "):
+        open_video(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+    write(tmp_path / "%d.png", frame_batch())

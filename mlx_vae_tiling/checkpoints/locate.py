@@ -76,6 +76,8 @@ def parse_source(source: str | os.PathLike[str]) -> Path | Remote:
         raise TypeError(f"source: a VAE must be named by text or a path, got {type(source).__name__}")
     if source == "demo":
         return DEMO
+    if source == "":
+        raise FileNotFoundError("a VAE must be named, got an empty name")
     path = Path(os.path.expanduser(source))
     if _exists(path):
         return path

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_vae_tiling import __version__
 from mlx_vae_tiling.checkpoints.load import load_decoder
 from mlx_vae_tiling.cli import NAME
+from mlx_vae_tiling.cli.figures import matplotlib_figure, require_drawable
 from mlx_vae_tiling.cli.options import SOURCE, parse_config
 from mlx_vae_tiling.cli.printing import plan_fields, print_news, print_result
 from mlx_vae_tiling.dtypes import FLOAT_TYPES, parse_dtype
@@ -44,6 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
+    if args.plot:
+        require_drawable(args.plot)
     decoder = _decoder(args)
     latents = _latents(args, decoder)
     result = bench(decoder, latents, memory_limit=args.memory, quick=args.quick, tell=print_news)
@@ -74,7 +77,7 @@ def _latents(args: argparse.Namespace, decoder: StreamingDecoder) -> mx.array:
     match, scale = re.fullmatch(r"(\d+)x(\d+)", text), decoder.config.spatial_scale
     if match is None or any(int(side) % scale or int(side) < 2 * scale for side in match.groups()):
         raise ValueError(f"--size must be WxH in multiples of {scale}, from {2 * scale} on, got {text!r}")
-    frames = args.latent_frames or (3 if args.quick else 8)
+    frames = (3 if args.quick else 8) if args.latent_frames is None else args.latent_frames
     if frames < 1:
         raise ValueError(f"--latent-frames must be at least 1, got {frames}")
     shape = (1, decoder.config.latent_channels, frames, int(match[2]) // scale, int(match[1]) // scale)
@@ -158,11 +161,7 @@ def draw_memory(result: Bench, path: str) -> None:
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs Matplotlib: pip install 'mlx_vae_tiling[figures]'") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = matplotlib_figure().Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for one in result.decodes:
         axes.plot([t for t, _ in one.memory], [held / 1e9 for _, held in one.memory], label=one.name, lw=1)

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.cli import NAME
 from mlx_vae_tiling.cli.decode import resumable
-from mlx_vae_tiling.cli.options import in_options
 from mlx_vae_tiling.cli.parser import new_parser
 from mlx_vae_tiling.cli.printing import print_error, print_warning
 from mlx_vae_tiling.media.audio import AudioWarning
@@ -58,7 +57,7 @@ def run_command(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         kept = "" if isinstance(error, (ValueError, FileExistsError)) else resumable(args)
-        print_error(f"{in_options(_one_line(error))}{kept}")
+        print_error(f"{_one_line(error)}{kept}")
         return 2
 
 

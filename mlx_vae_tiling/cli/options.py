@@ -42,13 +42,21 @@ _OPTIONS = {
     r"^codec and quality\b": "--codec and --quality",
     r"^(seed|quality|fps|codec|audio)\b": r"--\1",
     r"^path must end\b": "--output must end",
+    r"\bkey \(--key\)": "--key",
+    r"^latent_size must\b": "--latent-size must",
+    r"\blatent_size=\(F, H, W\) \((--latent-size FxHxW)\)": r"\1",
     r"\ba (timestep), got": r"a --\1, got",
     r"\bwindow frames\b": "--frames",
     r"\bwindow (height|width)\b": r"\1 in --crop",
     r"\ba non-empty slice inside (\S+) of step 1\b": r"A:B inside \1 and not empty",
     r"\bslice\((\w+), (\w+), None\)": r"\1:\2",
+    r"(?<=\d):None\b|\bNone:(?=\d)": ":",
+    r"\b\w+=True, (?=--)": "",
+    r"\bwithout resume\b": "without --resume",
+    r"\btiling=None\b": "--tiling none",
+    r"\bdecode latents\[i : i \+ 1\]": "save each video in a file of its own",
     r"\bgive a tiling to verify, or frames to compare with\b": "give --tiling to verify, or --against FRAMES",
-    r"\bthe memory limit\b": "--memory",
+    r"\bthe memory limit\b|^memory\b": "--memory",
     r"^ranks\b": "--ranks",
 }
 """What Python's messages call the options of the command."""
@@ -63,7 +71,7 @@ def in_options(text: str) -> str:
 
 def parse_size(option: str, text: str | None) -> tuple[int, int, int] | None:
     """Reads "16x17x30"."""
-    match = None if text is None else re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    match = None if text is None else re.fullmatch(r"x".join([r"0*([1-9]\d*)"] * 3), text)
     if text is not None and match is None:
         raise ValueError(f"{option} must be FxHxW in latents, such as 16x17x30, got {text!r}")
     return match and (int(match[1]), int(match[2]), int(match[3]))

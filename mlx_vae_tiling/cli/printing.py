@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_vae_tiling.checkpoints.identify import CheckpointInfo
 from mlx_vae_tiling.cli import NAME
+from mlx_vae_tiling.cli.options import in_options
 from mlx_vae_tiling.runtime.planning.memory import format_bytes
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.report import DecodeReport
@@ -28,8 +29,8 @@ def print_result(args: argparse.Namespace, text: object, fields: dict[str, Any])
 
 
 def print_error(text: str) -> None:
-    """Prints what is wrong as one line to stderr."""
-    print(f"{NAME}: error: {text}", file=sys.stderr)
+    """Prints what is wrong as one line to stderr, in the words of a command line."""
+    print(f"{NAME}: error: {in_options(text)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import math
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_vae_tiling.cli.decoding import add_decoding, decoding_options, given_decoder, latents_for
+from mlx_vae_tiling.cli.figures import matplotlib_figure, require_drawable
 from mlx_vae_tiling.cli.options import parse_tiling, parse_window
 from mlx_vae_tiling.cli.plan import add_planning
 from mlx_vae_tiling.cli.printing import plan_fields, print_result
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Compares and prints the verdict; returns the exit status."""
     for path in (args.map, args.plot):
         if path is not None:
-            _require_drawable(path)
+            require_drawable(path)
     decoder = given_decoder(args)
     latents = latents_for(args, decoder).latents
     from tqdm import tqdm
@@ -132,26 +131,6 @@ def score_fields(score: Score) -> dict[str, Any]:
     }
 
 
-def _require_matplotlib() -> Any:
-    try:
-        import matplotlib.figure as figure
-    except ImportError as error:
-        raise ImportError(
-            "--map and --plot need Matplotlib: pip install 'mlx_vae_tiling[figures]'"
-        ) from error
-    return figure
-
-
-def _require_drawable(path: str) -> None:
-    """Raises before anything is decoded what drawing a picture of this name would raise after it."""
-    kinds = _require_matplotlib().Figure().canvas.get_supported_filetypes()
-    if os.path.splitext(path)[1][1:].lower() not in kinds:
-        raise ValueError(f"a picture must end in .{', .'.join(sorted(kinds))}, got {path}")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "no such directory to write in, create it first", folder)
-
-
 def draw_map(result: Verification, path: str) -> None:
     """Draws the root mean square difference of each pixel over all frames, and where seams are.
 
@@ -159,7 +138,7 @@ def draw_map(result: Verification, path: str) -> None:
         ImportError: If Matplotlib is not installed.
     """
     height, width = result.rms.shape
-    figure = _require_matplotlib().Figure(figsize=(8, 8 * height / width + 1), layout="constrained")
+    figure = matplotlib_figure().Figure(figsize=(8, 8 * height / width + 1), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(result.rms, cmap="magma", interpolation="nearest", vmin=0)
     text, share = "root mean square difference, levels of 255", 0.05 * height / width
@@ -178,7 +157,7 @@ def draw_frames(result: Verification, path: str) -> None:
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    figure = _require_matplotlib().Figure(figsize=(8, 6), layout="constrained")
+    figure = matplotlib_figure().Figure(figsize=(8, 6), layout="constrained")
     psnr, ssim = figure.subplots(2, sharex=True)
     parts = {"all": result.frames}
     if result.seams:

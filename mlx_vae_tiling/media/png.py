@@ -23,9 +23,15 @@ def first_png(pattern: str) -> str:
     Raises:
         ValueError: The pattern does not have exactly one number such as %05d.
     """
-    if _NUMBERED.fullmatch(pattern) is None:
+    if _NUMBERED.fullmatch(os.path.basename(pattern)) is None:
         raise ValueError(f"a PNG path must number its frames, as frame_%05d.png does, got {pattern}")
-    return pattern % 0
+    return numbered(pattern, 0)
+
+
+def numbered(pattern: str, number: int) -> str:
+    """One file of a sequence; a percent sign in the name of its folder is no pattern."""
+    folder, name = os.path.split(pattern)
+    return os.path.join(folder, name % number)
 
 
 def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
@@ -44,7 +50,7 @@ def open_png(pattern: str, *, resume: bool, overwrite: bool) -> Output:
     refuse_existing(pattern, in_the_way, beside, kept > 0 and not resume)
     for number in unfinished:
         if number >= kept:
-            os.remove(beside % number)
+            os.remove(numbered(beside, number))
     return Output(
         pattern,
         kept,
@@ -79,7 +85,7 @@ def numbers(pattern: str) -> list[int]:
 def _whole(pattern: str, number: int) -> tuple[int, int, int] | None:
     """(height, width, bits) of a file that was written to its end, else None."""
     try:
-        with open(pattern % number, "rb") as file:
+        with open(numbered(pattern, number), "rb") as file:
             head = file.read(25)
             file.seek(max(0, os.fstat(file.fileno()).st_size - len(_END)))
             if not head.startswith(_SIGNATURE) or file.read() != _END:
@@ -97,7 +103,7 @@ def _check(form: tuple[int, int, int] | None, path: str, frames: Frames) -> None
 
 def _save(pattern: str, kept: int, batches: Iterator[Frames]) -> None:
     for index, frame in enumerate((frame for batch in batches for frame in batch), kept):
-        with open(pattern % index, "wb") as file:
+        with open(numbered(pattern, index), "wb") as file:
             file.write(_png(frame))
             file.flush()
             flush_to_disk(file.fileno())
@@ -108,9 +114,9 @@ def _publish(pattern: str, beside: str) -> None:
     unfinished = numbers(beside)
     for number in numbers(pattern):
         if number > unfinished[-1]:
-            os.remove(pattern % number)
+            os.remove(numbered(pattern, number))
     for number in unfinished:
-        os.replace(beside % number, pattern % number)
+        os.replace(numbered(beside, number), numbered(pattern, number))
     if os.name == "posix":
         flush_to_disk(os.path.dirname(pattern) or ".")
 

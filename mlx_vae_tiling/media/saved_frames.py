@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .places import Frames
-from .png import first_png, numbers
+from .png import first_png, numbered, numbers
 
 AT_A_TIME = 8
 """Frames of a piece."""
@@ -89,7 +89,7 @@ def _images(path: str) -> list[str]:
         images = [os.path.join(path, name) for name in sorted(names, key=_by_numbers)]
     else:
         first_png(path)
-        images = [path % number for number in numbers(path)]
+        images = [numbered(path, number) for number in numbers(path)]
     if not images:
         raise FileNotFoundError(errno.ENOENT, "no PNG images of frames", path)
     return images

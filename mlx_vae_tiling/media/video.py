@@ -6,6 +6,7 @@ follow; a thread writes beside whatever makes the frames.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import replace
@@ -18,10 +19,12 @@ from .audio import open_sound
 from .movie import Movie, frames_in_movie, open_movie
 from .npy import frames_in_npy, open_npy
 from .places import partial_path, same_file
-from .png import first_png, frames_in_png, open_png
+from .png import first_png, frames_in_png, numbered, numbers, open_png
 from .writer import VideoWriter
 
 _CODECS = {".mp4": ("h264", "hevc"), ".mov": ("prores", "h264", "hevc")}
+# FFmpeg 8.1, PyAV 17.1. The muxer of earlier ones leaves a video made in fragments empty when it is closed.
+_LIBAVFORMAT = (62, 12)
 _NTSC_RATES = tuple(Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120))
 
 
@@ -67,7 +70,7 @@ def open_video(
 
     Raises:
         FileExistsError: There is an output of this name, finished or not.
-        ModuleNotFoundError: PyAV is needed and not installed.
+        ImportError: PyAV is needed and not installed, or, for .mp4 and .mov, too old.
         OSError: The place to write to is missing or not writable, or there is no such file with sound.
         ValueError: The suffix, codec, rate, quality or sound cannot be used, or do not fit what is continued.
 
@@ -104,12 +107,19 @@ def open_video(
 def unfinished_frames(path: str | os.PathLike[str]) -> tuple[str, int] | None:
     """Where an unfinished output of this name is kept, and how many of its frames; None if there is none.
 
-    What a kill has cut off at its end is removed, so it must not be asked while the output is written.
+    What a kill has cut off at its end is removed, all of it if no frame is whole, so it must not be asked
+    while the output is written.
     """
     path, kind = os.fspath(path), _kind(os.fspath(path))
     path = _pattern(path, create=False) if kind == ".png" else os.path.realpath(path)
     count = {".npy": frames_in_npy, ".png": frames_in_png}.get(kind, frames_in_movie)(path)
-    return (partial_path(path), count) if count else None
+    beside = partial_path(path)
+    if count:
+        return beside, count
+    for cut in (numbered(beside, n) for n in numbers(beside)) if kind == ".png" else [beside]:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(cut)
+    return None
 
 
 def first_file(path: str | os.PathLike[str]) -> str:
@@ -162,7 +172,7 @@ def _pattern(path: str, create: bool) -> str:
         return path
     if create:
         os.makedirs(path, exist_ok=True)
-    return os.path.join(path.replace("%", "%%"), "frame_%05d.png")
+    return os.path.join(path, "frame_%05d.png")
 
 
 def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: float | None) -> Movie:
@@ -175,6 +185,7 @@ def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: f
     if quality is not None and not 1 <= quality <= 51:
         raise ValueError(f"quality must be between 1 (best) and 51, got {quality}")
     _check_av(path)
+    _check_muxer(path)
     return Movie(suffix[1:], codec, rate, quality or 18)
 
 
@@ -197,8 +208,19 @@ def _check_av(path: str) -> None:
         ) from error
 
 
+def _check_muxer(path: str) -> None:
+    import av
+
+    if av.library_versions["libavformat"] < _LIBAVFORMAT:
+        raise ImportError(
+            f"writing {path} needs PyAV 17.1 or later, with FFmpeg 8.1: pip install -U 'av>=17.1'; "
+            f"this is {av.__version__}"
+        )
+
+
 def _check_writable(path: str) -> None:
-    parent = os.path.dirname(path.rstrip("/" + os.sep) or path) or "."
+    target = os.path.realpath(path) if os.path.islink(path) else path
+    parent = os.path.dirname(target.rstrip("/" + os.sep) or target) or "."
     if not os.path.isdir(parent):
         raise FileNotFoundError(errno.ENOENT, "no such directory to write in, create it first", parent)
     if not os.access(path if os.path.exists(path) else parent, os.W_OK):

@@ -197,7 +197,7 @@ def _is_published(path: str | os.PathLike[str], journal: Journal) -> bool:
 
 def store_folder(path: str | os.PathLike[str]) -> Path:
     """Where the journal of a decode to `path` is."""
-    return Path(os.fspath(path).rstrip("/").replace("%", "") + ".partial")
+    return Path(os.fspath(path).rstrip("/") + ".partial")
 
 
 def kept_frames(path: str | os.PathLike[str]) -> tuple[Path, float] | None:
