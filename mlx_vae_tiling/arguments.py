@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 _LONGEST = 80
@@ -34,3 +35,9 @@ def require(name: str, value: object, kinds: str, *types: Any) -> None:
     classes = tuple(type(None) if kind is None else kind for kind in types)
     if not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes):
         raise TypeError(f"{name} must be {kinds}, got {told(value)}")
+
+
+def whole(name: str, value: object) -> int:
+    """A whole number of Python, also of NumPy's; raises a `TypeError` where it is none."""
+    require(name, value, "a whole number", Integral)
+    return int(value)  # type: ignore[call-overload, no-any-return]

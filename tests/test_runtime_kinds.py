@@ -194,6 +194,29 @@ def test_blended_tiles_share_one_noise():
     assert mx.sqrt(mx.mean(middle**2)).item() < 0.5 * mx.sqrt(mx.mean(whole**2)).item()
 
 
+@pytest.mark.parametrize("sign", [float("nan"), float("-inf")])
+def test_noise_that_is_not_finite_is_named_before_anything_is_decoded(sign, monkeypatch):
+    decoder = small_decoder()
+    latents = mx.zeros((1, decoder.config.latent_channels, 3, 3, 3))
+    noise = mx.zeros(decoder.output_shape(latents.shape))
+    noise[0, 1, 5, 7, 9] = sign
+    monkeypatch.setattr(type(decoder), "run", None)
+    with pytest.raises(ValueError, match=r"noise must be finite, got NaN or infinity in the frames \[5\]"):
+        decode_frames(decoder, latents, noise=noise, memory_limit="1GB")
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.bool_])
+def test_noise_of_integers_is_refused(dtype):
+    decoder = small_decoder()
+    latents = mx.zeros((1, decoder.config.latent_channels, 3, 3, 3))
+    noise = mx.zeros(decoder.output_shape(latents.shape), dtype)
+    for decode in (decode_frames, type(decoder).stream):
+        with pytest.raises(
+            ValueError, match=r"noise must be float32, float16 or bfloat16, got mlx.core.(int|b)"
+        ):
+            decode(decoder, latents, noise=noise)
+
+
 def test_an_array_of_noise_is_for_diffusion_decoders():
     with pytest.raises(
         ValueError, match="noise as an array is for diffusion decoders; this one takes a seed"

@@ -59,6 +59,12 @@ def test_nonsense_is_refused(amount):
         parse_bytes(amount)
 
 
+@pytest.mark.parametrize("amount", ["0GB", "9" * 30])
+def test_an_amount_is_refused_as_it_was_given(amount):
+    with pytest.raises(ValueError, match=f"got '{amount}'$"):
+        parse_bytes(amount)
+
+
 @pytest.mark.parametrize(
     ("amount", "text"),
     [
@@ -98,6 +104,19 @@ def test_available_on_a_gpu_is_what_is_not_yet_held(key, held_counts, monkeypatc
     monkeypatch.setattr(mx, "default_device", Gpu)
     monkeypatch.setattr(mx, "device_info", lambda: {"memory_size": 10**12, key: 10**9})
     assert available_bytes() == 10**9 - held_counts * mx.get_active_memory()
+
+
+@pytest.mark.parametrize("wired", ["x", -1, 0])
+def test_a_wired_limit_is_checked_also_where_nothing_is_wired(wired):
+    wrong = pytest.raises(ValueError, match=f"must be a positive number of bytes .*, got {wired!r}")
+    with wrong, memory_limits("1GB", wired=wired):
+        pass
+
+
+@pytest.mark.parametrize("nothing", [0, "0GB"])
+def test_a_cache_may_hold_nothing(nothing):
+    with memory_limits("1GB", cache=nothing):
+        assert current_limits() == [10**9, 0]
 
 
 def current_limits():

@@ -475,6 +475,16 @@ def test_errors_of_forward(vae, batch, args, message):
         DecodingStage(vae).forward(DecodeBatch(latents=GOOD, **batch), DecodingArgs(**args))
 
 
+@pytest.mark.parametrize("name", vars(DecodingArgs()))
+def test_none_is_the_default(name):
+    batch, args = DecodeBatch(latents=GOOD), SimpleNamespace(**{name: None})
+    expected = DecodingStage(Enlarging())(DecodeBatch(latents=GOOD), DecodingArgs()).output
+    assert mx.array_equal(DecodingStage(Enlarging())(batch, args).output, expected)
+    if name in ("model_paths", "model_loaded"):
+        with pytest.raises(ValueError, match="model_paths must have 'vae'"):
+            DecodingStage(None)(DecodeBatch(latents=GOOD), args)
+
+
 def test_defaults_are_not_shared():
     stage = DecodingStage(None)
     with pytest.raises(ValueError, match="model_paths"):

@@ -75,6 +75,27 @@ def test_broken_rule_raises(config, arguments, message):
         config(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((512,), "spatial_config must be a SpatialTilingConfig or None, got 512"),
+        ((TemporalTilingConfig(16),), "spatial_config must be a SpatialTilingConfig or None, got Temporal"),
+        ((None, SpatialTilingConfig(64)), "temporal_config must be a TemporalTilingConfig or None, got Spat"),
+    ],
+)
+def test_config_of_another_axis_raises(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        TilingConfig(*arguments)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_auto_wants_whole_numbers(number):
+    names = ("height", "width", "num_frames", "spatial_threshold", "temporal_threshold")
+    arguments = {name: 600 for name in names} | {names[number]: None}
+    with pytest.raises(TypeError, match=f"{names[number]} must be a whole number, got None"):
+        TilingConfig.auto(**arguments)
+
+
 def test_smallest_tiles():
     config = TilingConfig(SpatialTilingConfig(64), TemporalTilingConfig(16))
     assert sizes(config) == ((64, 0), (16, 0))

@@ -342,6 +342,46 @@ def test_latents_of_wrong_rank_or_empty_raise(shape):
         iter_decode_with_tiling(pytest.fail, mx.zeros(shape), None)
 
 
+@pytest.mark.parametrize("dtype", [mx.int32, mx.bool_, mx.complex64])
+def test_latents_that_cannot_hold_frames_raise(dtype):
+    with pytest.raises(ValueError, match=r"latents must be floating point, .*, got mlx.core.(int|bool|comp)"):
+        iter_decode_with_tiling(pytest.fail, mx.zeros((1, 2, 3, 3, 3), dtype), None)
+
+
+RETURNED = {
+    "nothing": lambda frames: None,
+    "a tuple": lambda frames: (frames,),
+    "a NumPy array": np.array,
+}
+
+
+@pytest.mark.parametrize("config", [None, tiling((64, 32), (16, 8))])
+@pytest.mark.parametrize("returned", RETURNED)
+def test_result_that_is_no_array_raises(returned, config):
+    def decoder_fn(tile):
+        return RETURNED[returned](as_decoder_fn()(tile))
+
+    with pytest.raises(TypeError, match=r"decoder_fn's result must be an mx.array, .*, got (None|\(|array)"):
+        decode_with_tiling(decoder_fn, mx.zeros((1, 2, 3, 3, 3)), config)
+
+
+def test_what_cannot_be_called_raises_before_decoding():
+    latents = mx.zeros((1, 2, 3, 3, 3))
+    with pytest.raises(TypeError, match="decoder_fn must be a function of latents, got 'demo'"):
+        iter_decode_with_tiling("demo", latents, None)
+    with pytest.raises(TypeError, match="on_frames_ready must be a function or None, got 3"):
+        iter_decode_with_tiling(pytest.fail, latents, None, on_frames_ready=3)
+
+
+def test_sizes_and_scales_may_be_numpy_integers():
+    latents, config = mx.random.normal((1, 2, 3, 3, 3), key=mx.random.key(0)), tiling((64, 32), (16, 8))
+    given = tiling((np.int64(64), np.int16(32)), (np.int32(16), np.uint8(8)))
+    assert repr(given) == repr(config)  # which a resumed decode compares
+    expected = dense_decode(np.array(latents), config, 32, 8)
+    video = decode_with_tiling(as_decoder_fn(), latents, given, np.int64(32), np.int32(8))
+    np.testing.assert_allclose(video, expected, rtol=0, atol=2e-6)
+
+
 def test_failure_and_abandoned_iterator_leave_no_state():
     config = tiling((64, 32), (16, 8))
     latents = mx.random.uniform(-1, 1, (1, 2, 7, 3, 3))

@@ -64,6 +64,24 @@ def test_maps(interval, scale):
     np.testing.assert_allclose(np.array(mask), expected, rtol=1e-7)
 
 
+@pytest.mark.parametrize("map_slice", [map_spatial_slice, map_temporal_slice])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((3, 1, 0, 0, 32), ValueError, "end must be greater than begin, got 1 and 3"),
+        ((2, 2, 0, 0, 8), ValueError, "end must be greater than begin, got 2 and 2"),
+        ((-2, 2, 0, 0, 8), ValueError, "begin must be at least 0, got -2"),
+        ((0, 2, -3, 0, 8), ValueError, "left_ramp must be at least 0, got -3"),
+        ((0, 2, 0, 0, 0), ValueError, "scale must be at least 1, got 0"),
+        ((None, 2, 0, 0, 8), TypeError, "begin must be a whole number, got None"),
+        ((0, 2, 0.5, 0, 8), TypeError, "left_ramp must be a whole number, got 0.5"),
+    ],
+)
+def test_maps_raise(map_slice, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        map_slice(*arguments)
+
+
 @pytest.mark.parametrize("tile", [2, 3, 6])
 def test_weights_sum_to_one(tile):
     for overlap in range(tile):

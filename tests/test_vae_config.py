@@ -270,3 +270,30 @@ def test_residual_upsampling_needs_channels_that_divide():
         DecoderConfig((Upsample((2, 2, 2), 3, residual=True), ResBlocks(1)), base_channels=8)
     with pytest.raises(ValueError, match=r"channels divisible by 8 .*, got 6 and 2"):
         DecoderConfig((Upsample((2, 2, 2), 2, residual=True), ResBlocks(1)), base_channels=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_blocks": "res_x"}, "decoder_blocks must be a tuple of blocks, got 'res_x'"),
+        ({"decoder_blocks": ("res_x",)}, r"decoder_blocks\[0\] must be a block, got 'res_x'"),
+        ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
+        ({"timestep_conditioning": 1}, "timestep_conditioning must be True or False, got 1"),
+    ],
+)
+def test_values_of_another_type_are_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
+        replace(PUBLISHED["ltx-2.3"].config, **changes)
+
+
+@pytest.mark.parametrize("given", ["demo", None, [1]])
+def test_what_is_no_object_of_json_is_refused(given):
+    for read, name in (
+        (DecoderConfig.from_original, "config"),
+        (DecoderConfig.from_diffusers, "config"),
+        (DecoderConfig.from_shapes, "name_to_shape"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be .*, got {re.escape(repr(given))}"):
+            read(given)
+    with pytest.raises(TypeError, match=r"config\['vae'\] must be the object in the JSON, got"):
+        DecoderConfig.from_original({"vae": given})

@@ -75,6 +75,10 @@ def test_latents_that_do_not_fit(version, latents, message):
         ("0.9.1", {"seed": 1.5}, "seed must be an integer from 0 to .*, got 1.5"),
         ("0.9.1", {"backend": "tpu"}, "backend must be one of cpu, metal, cuda, got 'tpu'"),
         ("0.9.1", {"timestep": [0.1, 0.2]}, r"one per batch entry \(1\), got 2"),
+        ("0.9.1", {"timestep": []}, r"timestep must be one number or one per batch entry, got \[\]"),
+        ("0.9.1", {"timestep": mx.array([])}, r"timestep must be one number or one per .*, got array\(\[\]"),
+        ("0.9.1", {"timestep": mx.array(float("nan"))}, r"timestep must be finite and small, got array\(nan"),
+        ("ltx-2.3", {"timestep": mx.array([1e10])}, r"timestep must be finite and small, got array\(\[1e"),
     ],
 )
 def test_options_that_do_not_fit(version, options, message):
@@ -163,6 +167,13 @@ def test_defaults_of_timestep_and_noise_are_attributes():
     for index, timestep in enumerate((0.05, 0.4)):
         assert relative_error(each[index], decoder(latents, timestep=timestep)[index]) <= 1e-5
     assert not mx.allclose(each[0], decoder(latents)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [np.array, np.float32, mx.array, lambda t: np.array([t]), lambda t: [t]])
+def test_a_timestep_is_a_number_however_it_is_given(kind):
+    decoder = small_decoder("0.9.1")
+    assert decoder.options(timestep=kind(0.4)) == decoder.options(timestep=0.4)
+    assert decoder.options(timestep=0.4).timestep == (np.float32(0.4),)
 
 
 def test_versions_without_timestep_ignore_it():

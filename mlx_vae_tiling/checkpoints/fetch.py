@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.checkpoints.configs import CheckpointWarning
 from mlx_vae_tiling.checkpoints.fetch_plan import Access, FetchPlan, plan_cached, plan_download
 from mlx_vae_tiling.checkpoints.hub import is_offline
@@ -76,6 +77,9 @@ def plan_fetch(
 
     Of each file that may have the decoder, the header is transferred.
     """
+    require("repo_id", repo_id, "text: the name of a version, or owner/name", str)
+    for name, value in (("filename", filename), ("revision", revision)):
+        require(name, value, "text or None", str, None)
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
         raise ValueError("token must be one word of ASCII characters; it is not shown here")
     access = Access(revision, token, Path(cache_dir) if cache_dir else None)

@@ -11,8 +11,9 @@ import errno
 import os
 from dataclasses import replace
 from fractions import Fraction
+from numbers import Real
 
-from mlx_vae_tiling.arguments import told
+from mlx_vae_tiling.arguments import require, told
 
 from .audio import open_sound
 from .movie import Movie, frames_in_movie, open_movie
@@ -180,6 +181,7 @@ def _movie(path: str, suffix: str, codec: str | None, rate: Fraction, quality: f
         raise ValueError(f"codec of {suffix} must be one of {', '.join(_CODECS[suffix])}, got {told(codec)}")
     if codec == "prores":
         _check_unused(path, None, quality, None)
+    require("quality", quality, "a number or None", Real, None)
     if quality is not None and not 1 <= quality <= 51:
         raise ValueError(f"quality must be between 1 (best) and 51, got {quality}")
     _check_av(path)

@@ -120,9 +120,12 @@ class Job:
             RuntimeError: If the device fails twice.
         """
         decoder.check(latents, options)
-        bad = tried_twice(lambda: _not_finite(latents), "looking at the latents") if checked else []
-        if bad:
-            raise ValueError(f"latents must be finite, got NaN or infinity in the latent frames {_some(bad)}")
+        noise_of_video = decoder.noise(latents.shape, options, noise)
+        given = [] if noise_of_video.given is None else [noise_of_video.given]
+        if checked:
+            _require_finite("latents", latents, "latent frames")
+            if noise is not None:
+                _require_finite("noise", noise, "frames")
         if plan is None:
             planning |= {"causal": options.causal, "num_inference_steps": options.inference_steps}
             plan = plan_to_run(decoder, latents.shape, **planning)
@@ -130,8 +133,6 @@ class Job:
         if fitting:
             plan.require_fit()
         weights = list(dict(tree_flatten(decoder.parameters())).values())
-        noise_of_video = decoder.noise(latents.shape, options, noise)
-        given = [] if noise_of_video.given is None else [noise_of_video.given]
         # Whichever thread goes on, it cannot compute what this one has only scheduled.
         tried_twice(lambda: mx.eval(latents, weights, given), "reading the weights")
         others = mx.get_active_memory() - sum(value.nbytes for value in weights)
@@ -271,9 +272,14 @@ def _some(frames: list[int]) -> str:
     return f"{frames[:MOST_NAMED]} and {more} more" if more > 0 else str(frames)
 
 
-def _not_finite(latents: mx.array) -> list[int]:
-    """The latent frames with values that are not finite."""
-    return [i for i in range(latents.shape[2]) if not mx.isfinite(latents[:, :, i]).all().item()]
+def _require_finite(name: str, array: mx.array, frames: str) -> None:
+    """Raises a `ValueError` that names the frames of (B, C, F, H, W) with values that are not finite."""
+
+    def found() -> list[int]:
+        return [i for i in range(array.shape[2]) if not mx.isfinite(array[:, :, i]).all().item()]
+
+    if bad := tried_twice(found, f"looking at the {name}"):
+        raise ValueError(f"{name} must be finite, got NaN or infinity in the {frames} {_some(bad)}")
 
 
 def _skip(pieces: Iterator[mx.array], count: int) -> Iterator[mx.array]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_vae_tiling.arguments import require
+from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.media.video import frame_rate
 from mlx_vae_tiling.runtime.frames import KINDS
 from mlx_vae_tiling.runtime.job import Job
@@ -30,12 +31,18 @@ def new_job(
 ) -> Job:
     """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
     require("plan", plan, "a DecodePlan or None", DecodePlan, None)
-    require("bits", bits, "8, 16 or 32", int)
+    require("bits", bits, "8, 16 or 32", Integral)
     if bits not in KINDS:
         raise ValueError(f"bits must be 8, 16 or 32, got {bits}")
     if not isinstance(decoder, StreamingDecoder):
         raise TypeError(f"the decoder must be one, got a {type(decoder).__name__}; load_decoder loads it")
     if plan is not None:
+        for name in ("memory_limit", "tiling", "window"):
+            if planning.get(name) is not None:
+                given = told(planning[name])
+                raise ValueError(
+                    f"a plan has its own {name}, got {given} beside it; pass that to plan_decode"
+                )
         for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
             options[name] = planned if options.get(name) is None else options[name]
     if progress:

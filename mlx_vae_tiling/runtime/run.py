@@ -63,7 +63,8 @@ def decode_frames(
         decoder: The decoder.
         latents: (1, C, F, H, W).
         memory_limit: Bytes, or a string such as "8GB"; by default 70 % of what is available.
-        plan: A plan from `plan_decode` for these latents, in place of memory_limit, tiling, window.
+        plan: A plan from `plan_decode` for these latents, which has its own memory_limit, tiling and window:
+            beside it they are refused.
         tiling: As `plan_decode`: None is exact.
         window: The part of the output that is wanted; None for all of it.
         causal, timestep, noise_scale, seed, normalized: As `VideoDecoder.stream`; a plan is for one
@@ -155,6 +156,7 @@ def decode_to_file(
         ValueError, ArithmeticError, ConnectionError: As `decode_frames`.
     """
     began = time.perf_counter()
+    require("path", path, "text or a path", str, os.PathLike)
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
     options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
     options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
@@ -251,6 +253,7 @@ def _watched(
 
 
 def _size(group: Ranks) -> int:
+    require("group", group, "what mx.distributed.init() returns, or None", mx.distributed.Group, Crew)
     return group.size if isinstance(group, Crew) else group.size()
 
 

@@ -86,8 +86,9 @@ class DecodeBatch:
 
 
 def option(owner: Any, name: str, defaults: type) -> Any:
-    """An attribute, or what `defaults()` has where it is missing."""
-    return getattr(owner, name, getattr(defaults(), name))
+    """An attribute, or what `defaults()` has where it is missing or None."""
+    given = getattr(owner, name, None)
+    return getattr(defaults(), name) if given is None else given
 
 
 def precision_of(args: Any) -> mx.Dtype | None:

@@ -33,7 +33,7 @@ class DecodingStage:
     """Decodes the latents of a batch in a pipeline, with the interface of FastVideo's stage.
 
     It reads attributes only, so FastVideo's batches and arguments fit once their tensors are MLX or
-    NumPy arrays. An attribute that is missing has the default of `DecodingArgs` or `DecodeBatch`.
+    NumPy arrays. An attribute that is missing or None has the default of `DecodingArgs` or `DecodeBatch`.
 
     Of FastVideo's stage it does not have `streaming_decode`, which hands the cache of a causal VAE from
     call to call: `decode` streams within the memory limit by itself, and `VideoDecoder.stream` gives

@@ -1,15 +1,15 @@
 """Tile sizes and overlaps, in pixels and frames of the output."""
 
 from dataclasses import dataclass
-from numbers import Integral
 
-from mlx_vae_tiling.arguments import require
+from mlx_vae_tiling.arguments import require, whole
 
 
-def _check_tile(unit: str, size: int, overlap: int, minimum: int, multiple: int) -> None:
+def _check_tile(config: object, unit: str, minimum: int, multiple: int) -> None:
     size_name, overlap_name = f"tile_size_in_{unit}", f"tile_overlap_in_{unit}"
-    require(size_name, size, "a whole number", Integral)
-    require(overlap_name, overlap, "a whole number", Integral)
+    size, overlap = (whole(name, getattr(config, name)) for name in (size_name, overlap_name))
+    for name, value in ((size_name, size), (overlap_name, overlap)):
+        object.__setattr__(config, name, value)  # NumPy's is written in another way
     if size < minimum:
         raise ValueError(f"{size_name} must be at least {minimum}, got {size}")
     if overlap < 0:
@@ -40,7 +40,7 @@ class SpatialTilingConfig:
     tile_overlap_in_pixels: int = 0
 
     def __post_init__(self) -> None:
-        _check_tile("pixels", self.tile_size_in_pixels, self.tile_overlap_in_pixels, minimum=64, multiple=32)
+        _check_tile(self, "pixels", minimum=64, multiple=32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TemporalTilingConfig:
     tile_overlap_in_frames: int = 0
 
     def __post_init__(self) -> None:
-        _check_tile("frames", self.tile_size_in_frames, self.tile_overlap_in_frames, minimum=16, multiple=8)
+        _check_tile(self, "frames", minimum=16, multiple=8)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,18 @@ class TilingConfig:
     Attributes:
         spatial_config: Tiles in height and width.
         temporal_config: Tiles in time.
+
+    Raises:
+        TypeError: If one is something else.
     """
 
     spatial_config: SpatialTilingConfig | None = None
     temporal_config: TemporalTilingConfig | None = None
+
+    def __post_init__(self) -> None:
+        spatial, temporal = self.spatial_config, self.temporal_config
+        require("spatial_config", spatial, "a SpatialTilingConfig or None", SpatialTilingConfig, None)
+        require("temporal_config", temporal, "a TemporalTilingConfig or None", TemporalTilingConfig, None)
 
     @classmethod
     def default(cls) -> "TilingConfig":
@@ -125,6 +133,10 @@ class TilingConfig:
             >>> TilingConfig.auto(576, 1024, 97).temporal_config
             TemporalTilingConfig(tile_size_in_frames=64, tile_overlap_in_frames=24)
         """
+        height, width = whole("height", height), whole("width", width)
+        num_frames = whole("num_frames", num_frames)
+        spatial_threshold = whole("spatial_threshold", spatial_threshold)
+        temporal_threshold = whole("temporal_threshold", temporal_threshold)
         tile_space = max(height, width) > spatial_threshold
         tile_time = num_frames > temporal_threshold
         if not (tile_space or tile_time):

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vae_tiling.arguments import require, told
+from mlx_vae_tiling.arguments import require, told, whole
 from mlx_vae_tiling.tiling.config import TilingConfig
 from mlx_vae_tiling.tiling.plan import AxisTile, TilePlan, plan_tiles
 
@@ -57,8 +57,9 @@ def iter_decode_with_tiling(
         Iterator over (B, C_out, f, H_out, W_out) pieces in order, in the dtype of the latents.
 
     Raises:
-        ValueError: If the latents are not of rank 5, a tile is not a multiple of the scale, or the decoder
-            function returns another shape than expected.
+        TypeError: If an argument, or what the decoder function returns, is of another type.
+        ValueError: If the latents are not of rank 5 or not floating point, a tile is not a multiple of the
+            scale, or the decoder function returns another shape than expected.
 
     Example:
         >>> upscale = lambda tile: mx.repeat(mx.repeat(mx.repeat(tile, 8, 2)[:, :, 7:], 32, 3), 32, 4)
@@ -66,19 +67,22 @@ def iter_decode_with_tiling(
         >>> [piece.shape for piece in iter_decode_with_tiling(upscale, latents, tiling)]
         [(1, 3, 16, 64, 64), (1, 3, 24, 64, 64), (1, 3, 25, 64, 64)]
     """
-    require("latents", latents, "an mx.array", mx.array)
+    require("decoder_fn", decoder_fn, "a function of latents", Callable)
+    require("latents", latents, "an mx.array, which mx.array(x) makes", mx.array)
     require("tiling_config", tiling_config, "a TilingConfig or None", TilingConfig, None)
+    require("on_frames_ready", on_frames_ready, "a function or None", Callable, None)
     for name, scale in (("spatial_scale", spatial_scale), ("temporal_scale", temporal_scale)):
-        require(name, scale, "a whole number", int)
-        if scale > LARGEST_SCALE:
+        if whole(name, scale) > LARGEST_SCALE:
             raise ValueError(f"{name} must be at most {LARGEST_SCALE}, got {told(scale)}")
     if latents.ndim != 5 or 0 in latents.shape:
         raise ValueError(f"latents must have a non-empty shape (B, C, F, H, W), got {latents.shape}")
+    if not mx.issubdtype(latents.dtype, mx.floating):
+        raise ValueError(f"latents must be floating point, as the frames are, got {latents.dtype}")
     options = {"causal": causal, "timestep": timestep, "debug": debug}
     if chunked_conv:
         options["chunked_conv"] = True
     decode = functools.partial(decoder_fn, **_accepted(decoder_fn, options))
-    plan = plan_tiles(latents.shape, tiling_config or TilingConfig(), spatial_scale, temporal_scale)
+    plan = plan_tiles(latents.shape, tiling_config or TilingConfig(), int(spatial_scale), int(temporal_scale))
     placed = "position" in _accepted(decoder_fn, {"position": None}, by_name=True)
     decode_tile = functools.partial(_decode_tile, decode, latents, debug, placed)
     one_tile = all(len(axis) == 1 for axis in plan)
@@ -118,7 +122,7 @@ def decode_with_tiling(
         dtype of the latents.
 
     Raises:
-        ValueError: As `iter_decode_with_tiling`.
+        TypeError, ValueError: As `iter_decode_with_tiling`.
 
     Example:
         >>> upscale = lambda tile: mx.repeat(mx.repeat(mx.repeat(tile, 8, 2)[:, :, 7:], 32, 3), 32, 4)
@@ -229,6 +233,7 @@ def _decode_tile(
     tile = latents[:, :, time.latents, rows.latents, columns.latents]
     position = tuple(axis.latents.start for axis in (time, rows, columns))
     decoded = decode(tile, position=position) if placed else decode(tile)
+    require("decoder_fn's result", decoded, "an mx.array, which mx.array(x) makes", mx.array)
     if channels is None:
         channels = decoded.shape[1] if decoded.ndim == 5 else 3
     sizes = (axis.output.stop - axis.output.start for axis in (time, rows, columns))

@@ -1,11 +1,10 @@
 """Splits an axis of the latents into overlapping intervals and maps them to output pixels or frames."""
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import mlx.core as mx
 
-from mlx_vae_tiling.arguments import require, told
+from mlx_vae_tiling.arguments import told, whole
 from mlx_vae_tiling.tiling.masks import LARGEST_LENGTH, compute_trapezoidal_mask_1d
 
 
@@ -44,8 +43,8 @@ def split_in_spatial(size: int, overlap: int, dimension_size: int) -> DimensionI
         >>> split_in_spatial(4, 1, 9)
         DimensionIntervals(starts=[0, 3, 6], ends=[4, 7, 9], left_ramps=[0, 1, 1], right_ramps=[1, 1, 0])
     """
-    for name, value in (("size", size), ("overlap", overlap), ("dimension_size", dimension_size)):
-        require(name, value, "a whole number", Integral)
+    size, overlap = whole("size", size), whole("overlap", overlap)
+    dimension_size = whole("dimension_size", dimension_size)
     if not 0 <= overlap < size:
         raise ValueError(f"overlap must be at least 0 and less than size, got {overlap} and {size}")
     if dimension_size <= 0:
@@ -103,10 +102,14 @@ def map_spatial_slice(
     Returns:
         The slice of pixels, and its mask of shape (pixels,), float32.
 
+    Raises:
+        ValueError: If the interval is empty, or a number has no meaning.
+
     Example:
         >>> map_spatial_slice(1, 3, 1, 0, 2)
         (slice(2, 6, None), array([0.333333, 0.666667, 1, 1], dtype=float32))
     """
+    begin, end, left_ramp, right_ramp, scale = _whole_interval(begin, end, left_ramp, right_ramp, scale)
     pixels = slice(begin * scale, end * scale)
     mask = compute_trapezoidal_mask_1d(pixels.stop - pixels.start, left_ramp * scale, right_ramp * scale)
     return pixels, mask
@@ -127,13 +130,32 @@ def map_temporal_slice(
     Returns:
         The slice of frames, and its mask of shape (frames,), float32.
 
+    Raises:
+        ValueError: If the interval is empty, or a number has no meaning.
+
     Example:
         >>> map_temporal_slice(1, 3, 2, 0, 4)
         (slice(4, 9, None), array([0, 0.2, 0.4, 0.6, 0.8], dtype=float32))
     """
+    begin, end, left_ramp, right_ramp, scale = _whole_interval(begin, end, left_ramp, right_ramp, scale)
     frames = slice(begin * scale, 1 + (end - 1) * scale)
     left = 1 + (left_ramp - 1) * scale if left_ramp > 0 else 0
     mask = compute_trapezoidal_mask_1d(
         frames.stop - frames.start, left, right_ramp * scale, left_starts_from_0=True
     )
     return frames, mask
+
+
+def _whole_interval(
+    begin: int, end: int, left_ramp: int, right_ramp: int, scale: int
+) -> tuple[int, int, int, int, int]:
+    begin, end, scale = whole("begin", begin), whole("end", end), whole("scale", scale)
+    left_ramp, right_ramp = whole("left_ramp", left_ramp), whole("right_ramp", right_ramp)
+    for name, value in (("begin", begin), ("left_ramp", left_ramp), ("right_ramp", right_ramp)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {told(value)}")
+    if end <= begin:
+        raise ValueError(f"end must be greater than begin, got {told(end)} and {told(begin)}")
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {told(scale)}")
+    return begin, end, left_ramp, right_ramp, scale

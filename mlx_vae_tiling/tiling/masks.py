@@ -1,11 +1,9 @@
 """Trapezoidal blending masks."""
 
-from numbers import Integral
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_vae_tiling.arguments import require, told
+from mlx_vae_tiling.arguments import told, whole
 
 LARGEST_LENGTH = 2**24
 """Of an axis, in positions: far more than any video has."""
@@ -36,13 +34,12 @@ def compute_trapezoidal_mask_1d(
         >>> compute_trapezoidal_mask_1d(6, 2, 3, left_starts_from_0=True)
         array([0, 0.5, 1, 0.75, 0.5, 0.25], dtype=float32)
     """
-    for name, value in (("length", length), ("ramp_left", ramp_left), ("ramp_right", ramp_right)):
-        require(name, value, "a whole number", Integral)
+    length = whole("length", length)
+    ramp_left, ramp_right = whole("ramp_left", ramp_left), whole("ramp_right", ramp_right)
     if length <= 0:
         raise ValueError(f"length must be positive, got {length}")
     if length > LARGEST_LENGTH:
         raise ValueError(f"length must be at most {LARGEST_LENGTH}, got {told(length)}")
-    length, ramp_left, ramp_right = int(length), int(ramp_left), int(ramp_right)
     left = max(0, min(ramp_left, length))
     right = max(0, min(ramp_right, length))
     mask = np.ones(length)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.vae.blocks import (
     STRIDES,
     Block,
@@ -67,6 +68,7 @@ class DecoderConfig:
         norm_layer: "pixel_norm", the only one published.
 
     Raises:
+        TypeError: If a value is of another type.
         ValueError: If a value has no published meaning or channels do not divide.
     """
 
@@ -82,8 +84,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "out_channels", "base_channels", "patch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("causal", "timestep_conditioning"):
+            require(name, getattr(self, name), "True or False", bool)
+        require("decoder_blocks", self.decoder_blocks, "a tuple of blocks", tuple)
+        for number, block in enumerate(self.decoder_blocks):
+            require(f"decoder_blocks[{number}]", block, "a block", ResBlocks, ResBlockNarrowing, Upsample)
         if not self.decoder_blocks:
             raise ValueError("decoder_blocks must name at least one block, got none")
         if len(self.decoder_blocks) > MOST_BLOCKS:

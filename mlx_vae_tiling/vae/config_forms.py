@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.vae.blocks import STRIDES, Block, PaddingMode, ResBlockNarrowing, ResBlocks, Upsample
 
 Fields = dict[str, Any]
@@ -14,7 +15,9 @@ Fields = dict[str, Any]
 
 def read_original(config: Mapping[str, Any]) -> Fields:
     """The JSON of an original checkpoint; see `DecoderConfig.from_original`."""
+    require("config", config, "the object in the JSON", Mapping)
     vae = config.get("vae", config)
+    require("config['vae']", vae, "the object in the JSON", Mapping)
     check_class(vae.get("_class_name", "CausalVideoAutoencoder"))
     published = vae.get("decoder_blocks", vae.get("blocks"))
     if not published:
@@ -37,6 +40,7 @@ def read_original(config: Mapping[str, Any]) -> Fields:
 
 def read_diffusers(config: Mapping[str, Any]) -> Fields:
     """A diffusers `vae/config.json`; see `DecoderConfig.from_diffusers`."""
+    require("config", config, "the object in the JSON", Mapping)
     name = config.get("_class_name", "AutoencoderKLLTXVideo")
     if name not in _DIFFUSERS_DEFAULTS:
         check_class(name)
@@ -59,6 +63,7 @@ def read_shapes(
     name_to_shape: Mapping[str, Sequence[int]], padding: PaddingMode | None, residual: bool | None
 ) -> Fields:
     """Tensor shapes under original names; see `DecoderConfig.from_shapes`."""
+    require("name_to_shape", name_to_shape, "shapes by their names", Mapping)
     shapes = {name.removeprefix("vae.").removeprefix("decoder."): s for name, s in name_to_shape.items()}
     patch_channels, base_channels = _channels(shapes, "conv_out.conv.weight")
     blocks = _infer_blocks(shapes, base_channels)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
@@ -24,7 +22,7 @@ from mlx_vae_tiling.vae.layers import (
     modulations,
 )
 from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options
+from mlx_vae_tiling.vae.options import DecodeOptions, require_options, timesteps_of
 from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
@@ -57,8 +55,7 @@ class VideoDecoder(StreamingDecoder):
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, DecoderConfig)
         self.decode_timestep = 0.05
         self.decode_noise_scale = 0.025
         padding, conditioned = config.spatial_padding_mode, config.timestep_conditioning
@@ -103,13 +100,11 @@ class VideoDecoder(StreamingDecoder):
                 f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
             )
         conditioned = self.config.timestep_conditioning
-        given: Any = self.decode_timestep if timestep is None else timestep
-        given = given.astype(mx.float32) if isinstance(given, mx.array) else given
-        # Planning asks for options too, and needs no device.
-        steps = np.asarray(given, np.float32).reshape(-1).tolist()
         options = DecodeOptions(
             causal=self.config.causal if causal is None else causal,
-            timestep=tuple(steps) if conditioned else (),
+            timestep=timesteps_of(self.decode_timestep if timestep is None else timestep)
+            if conditioned
+            else (),
             noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
             seed=seed,
             normalized=normalized,

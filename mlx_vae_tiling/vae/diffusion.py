@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
@@ -23,7 +24,7 @@ from mlx_vae_tiling.vae.diffusion_layers import (
 )
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options, seed_of
 from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
@@ -48,8 +49,7 @@ class DiffusionDecoder(StreamingDecoder):
     config: DiffusionDecoderConfig
 
     def __init__(self, config: DiffusionDecoderConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, DiffusionDecoderConfig)
         channels, kernels = config.stage_channels, config.stage_kernels
         patch, last = config.out_channels * config.patch_size**2, channels[-1]
         self.conv_in = nn.Linear(config.latent_channels, channels[0])
@@ -84,7 +84,7 @@ class DiffusionDecoder(StreamingDecoder):
 
         For tests and benchmarks: the frames show nothing.
         """
-        key = mx.random.key(seed)
+        key = mx.random.key(seed_of(seed))
         weights = []
         for name, value in dict(tree_flatten(self.parameters())).items():
             key, own = mx.random.split(key)
@@ -134,6 +134,8 @@ class DiffusionDecoder(StreamingDecoder):
         """
         if not isinstance(given, mx.array):
             return super().noise(latent_shape, options, given)
+        if given.dtype not in FLOATS:
+            raise ValueError(f"noise must be float32, float16 or bfloat16, got {given.dtype}")
         drawn = Noise(options.seed, (latent_shape[3], latent_shape[4]))
         b, channels, *size = self.output_shape(latent_shape)
         added = [self._pixel_padding.added(axis, n) for axis, n in enumerate(size)]

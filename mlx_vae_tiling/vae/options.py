@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,11 +36,16 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.noise_scale <= 1:
             raise ValueError(f"noise_scale must lie between 0 and 1, got {self.noise_scale}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(self.seed)}")
-        object.__setattr__(self, "seed", int(self.seed))  # NumPy's is written in another way
+        object.__setattr__(self, "seed", seed_of(self.seed))  # NumPy's is written in another way
         if self.inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.inference_steps}")
+
+
+def seed_of(seed: int) -> int:
+    """A seed that MLX takes; raises a `ValueError` where it is none."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(seed)}")
+    return int(seed)
 
 
 def require_options(
@@ -47,16 +53,32 @@ def require_options(
 ) -> None:
     """Raises a `TypeError` where an option is of no kind that it can have; None is the decoder's default."""
     require("causal", causal, "True, False or None", bool, np.bool_, None)
-    require("timestep", timestep, "a number, or an array or list of them", Real, list, tuple, mx.array, None)
-    numbers = [timestep] if isinstance(timestep, Real) else timestep
-    if isinstance(numbers, list | tuple):
-        for number in numbers:
-            require("timestep", number, "a number, or an array or list of them", Real)
-            if not abs(number) < 1e9:
-                raise ValueError(f"timestep must be finite and small, got {told(timestep)}")
+    if timestep is not None:
+        timesteps_of(timestep)
     require("noise_scale", noise_scale, "a number or None", Real, None)
     require("normalized", normalized, "True or False", bool, np.bool_)
     require("num_inference_steps", num_inference_steps, "an integer or None", Integral, None)
+
+
+def timesteps_of(timestep: object) -> tuple[float, ...]:
+    """A timestep, or one for each batch entry, as numbers in float32.
+
+    Raises:
+        TypeError: If it is neither a number nor an array or list of them.
+        ValueError: If there is none, or one is not finite or not small.
+    """
+    kinds = "a number, or an array or list of them"
+    require("timestep", timestep, kinds, Real, list, tuple, mx.array, np.ndarray)
+    # Planning asks for this too, and a number needs no device.
+    given: Any = timestep.reshape(-1).tolist() if isinstance(timestep, mx.array | np.ndarray) else timestep
+    numbers = given if isinstance(given, list | tuple) else [given]
+    if not numbers:
+        raise ValueError(f"timestep must be one number or one per batch entry, got {told(timestep)}")
+    for number in numbers:
+        require("timestep", number, kinds, Real)
+        if not abs(number) < 1e9:
+            raise ValueError(f"timestep must be finite and small, got {told(timestep)}")
+    return tuple(float(np.float32(number)) for number in numbers)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
+import numpy.typing as npt
 
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.dtypes import FLOATS
@@ -20,13 +22,17 @@ from mlx_vae_tiling.vae.schedule import Step, regions_of
 from mlx_vae_tiling.vae.stream import Stream
 from mlx_vae_tiling.vae.weights import WeightedModule
 
-Timestep = float | Sequence[float] | mx.array
+Timestep = float | Sequence[float] | mx.array | npt.NDArray[Any]
 
 
 class SteppedDecoder(WeightedModule):
     """A decoder as a list of steps.
 
     It has no weights until `load_weights`, `update` or `init_random` gave it some.
+
+    Args:
+        config: The architecture.
+        kind: Of configs that the decoder is made of.
 
     Attributes:
         config: The architecture.
@@ -35,8 +41,10 @@ class SteppedDecoder(WeightedModule):
 
     config: Config
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, kind: type) -> None:
         super().__init__()
+        require("config", config, f"a {kind.__name__} (load_decoder takes names and files)", kind)
+        self.config = config
         self.convolution_form: ConvolutionForm | None = None
 
     @property

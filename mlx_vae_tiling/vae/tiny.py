@@ -19,7 +19,7 @@ from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.needs import Chained, Trimmed
 from mlx_vae_tiling.vae.operations import cut
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options
+from mlx_vae_tiling.vae.options import DecodeOptions, require_options, seed_of
 from mlx_vae_tiling.vae.regions import Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
@@ -46,8 +46,7 @@ class TinyDecoder(StreamingDecoder):
     config: TinyDecoderConfig
 
     def __init__(self, config: TinyDecoderConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, TinyDecoderConfig)
         widths, patch = config.widths, config.out_channels * config.patch_size**2
         layers: list[nn.Module] = [
             nn.Identity(),
@@ -69,7 +68,7 @@ class TinyDecoder(StreamingDecoder):
 
     def init_random(self, seed: int = 0) -> TinyDecoder:
         """Fills all parameters with seeded noise; for tests and benchmarks: the frames show nothing."""
-        key = mx.random.key(seed)
+        key = mx.random.key(seed_of(seed))
         weights = []
         for name, value in dict(tree_flatten(self.parameters())).items():
             key, own = mx.random.split(key)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlx_vae_tiling.arguments import require
+
 LEVELS = 3
 """Times that frames, height and width are doubled."""
 
@@ -40,6 +42,9 @@ class TinyDecoderConfig:
     patch_size: int = 4
 
     def __post_init__(self) -> None:
+        require("widths", self.widths, f"{LEVELS + 1} positive integers", tuple)
+        for width in (*self.widths, self.blocks):
+            require("widths and blocks", width, "positive integers", int)
         if len(self.widths) != LEVELS + 1 or min(self.widths) < 1:
             raise ValueError(f"widths must be {LEVELS + 1} positive integers, got {self.widths}")
         if self.blocks < 1:

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_vae_tiling.vae.options import seed_of
+
 Weighted = TypeVar("Weighted", bound="WeightedModule")
 
 
@@ -60,7 +62,7 @@ class WeightedModule(nn.Module):
 
         For tests and benchmarks: the frames show nothing.
         """
-        key = mx.random.key(seed)
+        key = mx.random.key(seed_of(seed))
         weights = []
         for name, value in dict(tree_flatten(self.parameters())).items():
             key, own = mx.random.split(key)

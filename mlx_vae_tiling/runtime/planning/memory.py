@@ -25,27 +25,27 @@ BUDGET_SHARE = 0.7
 """Share of the available memory that a decode takes unless told otherwise."""
 
 
-def parse_bytes(amount: int | float | str) -> int:
+def parse_bytes(amount: int | float | str, least: int = 1) -> int:
     """Reads an amount of memory.
 
     Args:
         amount: Bytes, or a string such as "8GB" (10**9), "6.5GiB" (2**30) or "800 MB".
+        least: The smallest that makes sense, in bytes.
 
     Raises:
-        ValueError: If it is no positive amount in known units.
+        ValueError: If it is no such amount in known units.
 
     Example:
         >>> parse_bytes("6.5GiB")
         6979321856
     """
+    number = amount
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
-        known = match and match[2].upper() in _UNITS
-        found = float(match[1]) * _UNITS[match[2].upper()] if match and known else 0
-    else:
-        found = amount if isinstance(amount, Real) and not isinstance(amount, bool) else 0
-    if 1 <= found < 2**63:
-        return int(found)
+        if match and match[2].upper() in _UNITS:
+            number = float(match[1]) * _UNITS[match[2].upper()]
+    if not isinstance(number, str | bool) and isinstance(number, Real) and least <= number < 2**63:
+        return int(number)
     raise ValueError(
         f"memory must be a positive number of bytes or a string such as '8GB' or '6.5GiB', got {told(amount)}"
     )
@@ -125,7 +125,7 @@ def memory_limits(
 
     Args:
         memory: The memory limit, bytes or a string; by default `memory_budget()`.
-        cache: The limit of the cache of freed buffers; by default an eighth of `memory`.
+        cache: The limit of the cache of freed buffers, 0 for none; by default an eighth of `memory`.
         wired: The wired limit, on Metal only; by default unchanged. Metal refuses more than its
             recommended working set.
 
@@ -139,9 +139,10 @@ def memory_limits(
     """
     limit = memory_budget(memory)
     wanted = {mx.set_memory_limit: limit}
-    wanted[mx.set_cache_limit] = limit // 8 if cache is None else parse_bytes(cache)
-    if wired is not None and current_backend().wires_memory:
-        wanted[mx.set_wired_limit] = parse_bytes(wired)
+    wanted[mx.set_cache_limit] = limit // 8 if cache is None else parse_bytes(cache, least=0)
+    wired_limit = None if wired is None else parse_bytes(wired)
+    if wired_limit is not None and current_backend().wires_memory:
+        wanted[mx.set_wired_limit] = wired_limit
     scope = _Scope()
     try:
         for set_limit, value in wanted.items():

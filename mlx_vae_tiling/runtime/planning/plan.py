@@ -116,8 +116,9 @@ class DecodePlan:
         """Raises a `ValueError` unless the plan is for this decoder, these latents and options."""
         if self.latent_shape != tuple(latent_shape):
             raise ValueError(f"the plan is for latents of shape {self.latent_shape}, got {latent_shape}")
+        if self.config != decoder.config:
+            raise ValueError("the plan is for a decoder of another architecture; plan this decode anew")
         for name, planned, given in (
-            ("a decoder of another architecture", self.config, decoder.config),
             (f"{self.dtype} weights", self.dtype, str(decoder.dtype).removeprefix("mlx.core.")),
             (f"causal={self.causal}", self.causal, options.causal),
             (f"{self.inference_steps} inference steps", self.inference_steps, options.inference_steps),

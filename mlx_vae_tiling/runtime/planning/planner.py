@@ -29,6 +29,7 @@ from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.build import build_decoder
 from mlx_vae_tiling.vae.published import AnyConfig
 from mlx_vae_tiling.vae.regions import Region, Span, Window, as_window
+from mlx_vae_tiling.vae.schedule import Pace
 
 MEMORY = "the memory limit"
 """What limits the chunks where memory does."""
@@ -110,7 +111,10 @@ def plan_decode(
 
 def _halo(tiling: int | None) -> int | None:
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
-        raise ValueError(f"tiling as a halo must be a number of latents from 0 on, got {told(tiling)}")
+        raise ValueError(
+            "tiling must be None, a TilingConfig such as TilingConfig.default(), or, for a halo, a number of "
+            f"latents from 0 on, got {told(tiling)}"
+        )
     return None if tiling is None else int(tiling)
 
 
@@ -132,6 +136,8 @@ def _require_kinds(latent_shape: Any, window: object, parts: Any, chunk: object)
     require("chunk", chunk, "(latent frames, most frames of a layer) or None", tuple, None)
     if isinstance(chunk, tuple) and len(chunk) != 2:
         raise ValueError(f"chunk must be (latent frames, most frames of a layer), got {told(chunk)}")
+    if isinstance(chunk, tuple):
+        Pace(*chunk)  # which says what is wrong with it
 
 
 def _plan_exact(
