@@ -19,7 +19,10 @@ __all__ = ["StreamingDecoder", "Timestep"]
 
 
 class StreamingDecoder(SteppedDecoder):
-    """A decoder that streams its steps. It is itself a `decoder_fn` for `decode_with_tiling`."""
+    """A decoder that streams its steps, of whichever kind: what `load_decoder` returns.
+
+    It is itself a `decoder_fn` for `decode_with_tiling`.
+    """
 
     def __call__(
         self,
