@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
@@ -24,7 +22,7 @@ from mlx_vae_tiling.vae.diffusion_layers import (
 )
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options, seed_of
+from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options
 from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
@@ -79,21 +77,8 @@ class DiffusionDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.weight.dtype
 
-    def init_random(self, seed: int = 0) -> DiffusionDecoder:
-        """Fills all parameters with seeded noise that keeps activations near unit variance.
-
-        For tests and benchmarks: the frames show nothing.
-        """
-        key = mx.random.key(seed_of(seed))
-        weights = []
-        for name, value in dict(tree_flatten(self.parameters())).items():
-            key, own = mx.random.split(key)
-            if "norm" in name or name.startswith("per_channel_statistics."):
-                continue
-            scale = 1 / math.sqrt(value.shape[-1]) if value.ndim > 1 else 0.1
-            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) * scale))
-        self.load_weights(weights, strict=False)
-        return self
+    def _is_kept(self, name: str) -> bool:
+        return "norm" in name or name.startswith("per_channel_statistics.")
 
     def options(
         self,

@@ -6,20 +6,18 @@ run; axes are channels-last.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
 from mlx_vae_tiling.vae.needs import Chained, Trimmed
 from mlx_vae_tiling.vae.operations import cut
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options, seed_of
+from mlx_vae_tiling.vae.options import DecodeOptions, require_options
 from mlx_vae_tiling.vae.regions import Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
@@ -65,17 +63,6 @@ class TinyDecoder(StreamingDecoder):
     def dtype(self) -> mx.Dtype:
         """The dtype in which the decoder computes: that of its weights."""
         return self.decoder[1].weight.dtype
-
-    def init_random(self, seed: int = 0) -> TinyDecoder:
-        """Fills all parameters with seeded noise; for tests and benchmarks: the frames show nothing."""
-        key = mx.random.key(seed_of(seed))
-        weights = []
-        for name, value in dict(tree_flatten(self.parameters())).items():
-            key, own = mx.random.split(key)
-            scale = 1 / math.sqrt(value.size // value.shape[0]) if value.ndim > 1 else 0.1
-            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) * scale))
-        self.load_weights(weights)
-        return self
 
     def options(
         self,
