@@ -167,7 +167,7 @@ PLACES = [
             "return 0.5 * mx.random.normal(size, key=self._key(1,",
         ),
         ("if not 0 <= self.noise_scale <= 1:", "if not 0 <= self.noise_scale:"),
-        ("or not 0 <= self.seed < 2**64:", "or not 0 <= self.seed:"),
+        ("or not 0 <= seed < 2**64:", "or not 0 <= seed:"),
     ),
     *places(
         "vae/operations.py",

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.layers import (
@@ -22,7 +22,7 @@ from mlx_vae_tiling.vae.layers import (
     modulations,
 )
 from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options, timesteps_of
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, timesteps_of
 from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 
@@ -83,33 +83,17 @@ class VideoDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.conv.weight.dtype
 
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told, with this decoder's defaults for what it was not."""
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        if num_inference_steps not in (None, 1):
-            raise ValueError(
-                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
-            )
-        conditioned = self.config.timestep_conditioning
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        given.require_one_step()
         options = DecodeOptions(
-            causal=self.config.causal if causal is None else causal,
-            timestep=timesteps_of(self.decode_timestep if timestep is None else timestep)
-            if conditioned
-            else (),
-            noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
-            seed=seed,
-            normalized=normalized,
+            causal=self.config.causal if given.causal is None else given.causal,
+            timestep=timesteps_of(self.decode_timestep if given.timestep is None else given.timestep),
+            noise_scale=self.decode_noise_scale if given.noise_scale is None else given.noise_scale,
+            seed=given.seed,
+            normalized=given.normalized,
         )
-        return options if conditioned else replace(options, noise_scale=0.0)
+        conditioned = self.config.timestep_conditioning
+        return options if conditioned else replace(options, timestep=(), noise_scale=0.0)
 
     @property
     def smallest_side(self) -> int:

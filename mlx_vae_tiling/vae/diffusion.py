@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.diffusion_layers import (
@@ -22,7 +22,7 @@ from mlx_vae_tiling.vae.diffusion_layers import (
 )
 from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
 from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, Noise
 from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
@@ -80,31 +80,21 @@ class DiffusionDecoder(StreamingDecoder):
     def _is_kept(self, name: str) -> bool:
         return "norm" in name or name.startswith("per_channel_statistics.")
 
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told, with this decoder's defaults for what it was not.
-
-        Raises:
-            ValueError: If something is asked for that a diffusion decoder does not have.
-        """
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        refused = {"causal": causal or None, "timestep": timestep, "noise_scale": noise_scale}
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        refused = {
+            "causal": given.causal or None,
+            "timestep": given.timestep,
+            "noise_scale": given.noise_scale,
+        }
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(
                     f"a diffusion decoder takes no {name}, got {value!r}; seed, noise and "
                     "num_inference_steps are what changes its frames"
                 )
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return DecodeOptions(False, (), 0.0, seed, normalized, steps)
+        default, asked = self.config.num_inference_steps, given.num_inference_steps
+        steps = default if asked is None else asked
+        return DecodeOptions(False, (), 0.0, given.seed, given.normalized, steps)
 
     def noise(
         self, latent_shape: tuple[int, ...], options: DecodeOptions, given: Noise | mx.array | None = None

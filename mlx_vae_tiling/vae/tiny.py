@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.needs import Chained, Trimmed
 from mlx_vae_tiling.vae.operations import cut
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions
 from mlx_vae_tiling.vae.regions import Upsampling
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
@@ -35,7 +35,8 @@ Inputs = Sequence[mx.array]
 class TinyDecoder(StreamingDecoder):
     """A tiny decoder of LTX latents, for previews: frames blurrier than the VAE's, many times as fast.
 
-    It takes normalised latents, and its frames are clamped to [-1, 1].
+    It takes normalised latents, and its frames are clamped to [-1, 1]. It has no noise and no timestep: what
+    is said of those does nothing.
 
     Args:
         config: The architecture.
@@ -64,31 +65,13 @@ class TinyDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.decoder[1].weight.dtype
 
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told. A tiny decoder has no noise and no timestep: those do nothing.
-
-        Raises:
-            ValueError: If the latents are said not to be normalised, or several steps are asked for.
-        """
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        if num_inference_steps not in (None, 1):
-            raise ValueError(
-                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
-            )
-        if not normalized:
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        given.require_one_step()
+        if not given.normalized:
             raise ValueError(
                 "a tiny decoder takes normalised latents, and its file has no statistics to normalise them by"
             )
-        return DecodeOptions(True, (), 0.0, seed, True)
+        return DecodeOptions(True, (), 0.0, given.seed, True)
 
     def steps(
         self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
