@@ -21,10 +21,11 @@ from mlx_vae_tiling.vae.layers import (
     UNetMidBlock3D,
     modulations,
 )
-from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
+from mlx_vae_tiling.vae.operations import Activation
 from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, timesteps_of
-from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
-from mlx_vae_tiling.vae.schedule import Read, Step
+from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Same
+from mlx_vae_tiling.vae.schedule import Step
+from mlx_vae_tiling.vae.unpatching import Unpatching
 
 
 class PerChannelStatistics(nn.Module):
@@ -126,10 +127,9 @@ class VideoDecoder(StreamingDecoder):
             else:
                 steps += block.steps(last, need)
         steps.append(self.conv_out.step(len(steps) - 1, need, activation))
-        patch = Upsampling((1, self.config.patch_size, self.config.patch_size))
         dtype = output_dtype or self.dtype
-        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
-        steps.append(Step(*frames, (Read(len(steps) - 1, patch),), self.config.out_channels))
+        unpatching = Unpatching(self.config.out_channels, self.config.patch_size, dtype, Same())
+        steps.append(unpatching.step(len(steps) - 1))
         return steps
 
     def _prepared(self, inputs: Sequence[mx.array], where: Where, options: DecodeOptions) -> mx.array:
@@ -149,15 +149,3 @@ class VideoDecoder(StreamingDecoder):
     def _prepared_taken(self, where: Where, options: DecodeOptions) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
         return Taken(made * (16 if options.noise_scale else 8), made)
-
-    def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
-        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
-        p = self.config.patch_size
-        parts = Upsampling((1, p, p)).slices(where.inputs[0], where.output)
-        return cut(unpatchify(inputs[0], p), parts, first_axis=2).astype(dtype)
-
-    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        planes = where.batch * self.config.out_channels
-        made, kept = planes * where.inputs[0].volume * self.config.patch_size**2, planes * where.output.volume
-        copied = where.dtype.size * kept * (kept < made) + dtype.size * kept * (dtype != where.dtype)
-        return Taken(where.dtype.size * made + copied, made)

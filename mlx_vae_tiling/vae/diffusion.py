@@ -20,12 +20,13 @@ from mlx_vae_tiling.vae.diffusion_layers import (
     SharedModulation,
     TimestepEmbedder,
 )
-from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
-from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
+from mlx_vae_tiling.vae.needs import Appended, Padded
+from mlx_vae_tiling.vae.operations import patchify
 from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, Noise
-from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
+from mlx_vae_tiling.vae.regions import Region, Same, Span
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
+from mlx_vae_tiling.vae.unpatching import Unpatching
 
 Inputs = Sequence[mx.array]
 
@@ -149,11 +150,9 @@ class DiffusionDecoder(StreamingDecoder):
         for number in range(options.inference_steps):
             steps += self._denoising(len(steps), context, x_t, number, options.inference_steps, again)
             x_t = len(steps) - 1
-        unpatched = Upsampling((1, config.patch_size, config.patch_size))
-        need = Chained(self._pixel_padding, unpatched)
         dtype = output_dtype or self.dtype
-        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
-        steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
+        unpatching = Unpatching(config.out_channels, config.patch_size, dtype, self._pixel_padding)
+        steps.append(unpatching.step(len(steps) - 1))
         return steps
 
     def _denoising(
@@ -261,15 +260,3 @@ class DiffusionDecoder(StreamingDecoder):
         advancing = made * where.dtype.size + max(made * (4 * 4 + where.dtype.size), drawing)
         predicting = self._predicted_taken(where)
         return predicting._replace(nbytes=max(predicting.nbytes, advancing))
-
-    def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
-        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
-        p = self.config.patch_size
-        need = self._pixel_padding
-        padded = need.before(where.output)
-        _, rows, columns = Upsampling((1, p, p)).slices(where.inputs[0], padded)
-        return cut(unpatchify(inputs[0], p), (rows, columns), first_axis=3).astype(dtype)
-
-    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
-        return Taken(made * (where.dtype.size + dtype.size * (dtype != where.dtype)), made)
