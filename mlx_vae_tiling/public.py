@@ -27,6 +27,7 @@ from mlx_vae_tiling.tiling import (
     split_in_spatial,
     split_in_temporal,
 )
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.decoder import VideoDecoder
 from mlx_vae_tiling.vae.diffusion import DiffusionDecoder
@@ -47,6 +48,7 @@ __all__ = [
     "DiffusionDecoderConfig",
     "DimensionIntervals",
     "SpatialTilingConfig",
+    "StreamingDecoder",
     "TemporalTilingConfig",
     "TilingConfig",
     "TinyDecoder",

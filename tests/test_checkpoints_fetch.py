@@ -530,7 +530,9 @@ def test_the_page_has_the_sizes_of_the_versions():
 def test_what_another_program_has_downloaded_whole_is_used(remote, tmp_path):
     decoder = decoder_of("ltx-2.3")
     remote.repos["owner/name"] = Repo({"a.safetensors": Blob(checkpoint_bytes(tmp_path, decoder))})
-    downloaded = hf_hub_download("owner/name", "a.safetensors", cache_dir=tmp_path / "hub")
+    downloaded = hf_hub_download(
+        "owner/name", "a.safetensors", cache_dir=tmp_path / "hub", endpoint=constants.ENDPOINT
+    )
     remote.sent.clear()
     plan = plan_fetch("owner/name", filename="a.safetensors")
     assert plan.transfer_bytes == 0 and str(plan.run()) == downloaded

@@ -17,7 +17,10 @@ from mlx_vae_tiling.vae.stepped import SteppedDecoder
 
 
 class StreamingDecoder(SteppedDecoder):
-    """A decoder that streams its steps. It is itself a `decoder_fn` for `decode_with_tiling`."""
+    """A decoder that streams its steps, of whichever kind: what `load_decoder` returns.
+
+    It is itself a `decoder_fn` for `decode_with_tiling`.
+    """
 
     def __call__(
         self,
