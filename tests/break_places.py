@@ -167,7 +167,7 @@ PLACES = [
             "return 0.5 * mx.random.normal(size, key=self._key(1,",
         ),
         ("if not 0 <= self.noise_scale <= 1:", "if not 0 <= self.noise_scale:"),
-        ("or not 0 <= self.seed < 2**64:", "or not 0 <= self.seed:"),
+        ("or not 0 <= seed < 2**64:", "or not 0 <= seed:"),
     ),
     *places(
         "vae/operations.py",
@@ -196,8 +196,15 @@ PLACES = [
         "vae/decoder.py",
         "vae_parity vae_windows -k step1 or unnormalised or mixes or corners",
         ("z = (1 - scale) * z * std", "z = z * std"),
-        ("slices(where.inputs[0], where.output)", "slices(where.inputs[0], where.output)[:2]"),
         ("z = z if options.normalized else (z - mean) / std", "z = z"),
+    ),
+    *places(
+        "vae/unpatching.py",
+        "vae_backends vae_windows vae_tiny -k corners or a_window or last_step",
+        ("self.need.before(where.output))", "self.need.before(where.output))[:2]"),
+        ("self.need.before(where.output))", "where.output)"),
+        ("where.dtype.size * kept * (kept < made)", "0"),
+        ("where.dtype.size * made * self.arrays", "where.dtype.size * made"),
     ),
     *places(
         "checkpoints/load.py",

@@ -150,6 +150,17 @@ def relative_error(value, expected):
     return (mx.abs(value - expected).max() / (expected.max() - expected.min())).item()
 
 
+def made_and_taken(step, given, where):
+    """What a step makes, and the bytes of MLX's memory that it takes at once beside what it is given."""
+    mx.eval(given)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = step.compute(given, where)
+    mx.eval(made)
+    return made, mx.get_peak_memory() - before
+
+
 class Convolution(NamedTuple):
     """A call: its kernel's number in decode order, its output's shape, its multiplications and additions."""
 

@@ -10,12 +10,10 @@ import mlx.core as mx
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.tiling import TilingConfig, iter_decode_with_tiling
 from mlx_vae_tiling.vae.backend import Backend
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, Noise, Timestep
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Pace
-from mlx_vae_tiling.vae.stepped import SteppedDecoder, Timestep
-
-__all__ = ["StreamingDecoder", "Timestep"]
+from mlx_vae_tiling.vae.stepped import SteppedDecoder
 
 
 class StreamingDecoder(SteppedDecoder):
@@ -46,7 +44,7 @@ class StreamingDecoder(SteppedDecoder):
         Raises:
             ValueError: If the latents or the timestep do not fit the decoder.
         """
-        options = self.options(causal=causal, timestep=timestep)
+        options = self._resolved(GivenOptions(causal, timestep))
         self.check(latents, options)
         return self.decode_whole(latents, options)
 
@@ -104,14 +102,8 @@ class StreamingDecoder(SteppedDecoder):
         Raises:
             ValueError: If latents, window or options do not fit the decoder.
         """
-        options = self.options(
-            causal=causal,
-            timestep=timestep,
-            noise_scale=noise_scale,
-            seed=seed,
-            normalized=normalized,
-            num_inference_steps=num_inference_steps,
-        )
+        given = GivenOptions(causal, timestep, noise_scale, seed, normalized, num_inference_steps)
+        options = self._resolved(given)
         self.check(latents, options)
         noise = self.noise(latents.shape, options, noise)
         require("window", window, "a Window or None", Window, None)
@@ -185,9 +177,7 @@ class StreamingDecoder(SteppedDecoder):
         Returns:
             An iterator of finished frames (B, 3, f, H, W) in the latents' dtype.
         """
-        options = self.options(
-            causal=causal, timestep=timestep, noise_scale=noise_scale, seed=seed, normalized=normalized
-        )
+        options = self._resolved(GivenOptions(causal, timestep, noise_scale, seed, normalized))
         self.check(latents, options)
         return self.run_tiled(latents, options, tiling_config, backend, debug)
 

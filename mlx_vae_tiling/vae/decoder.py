@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.blocks import ResBlockNarrowing, ResBlocks
 from mlx_vae_tiling.vae.config import DecoderConfig
 from mlx_vae_tiling.vae.layers import (
@@ -21,10 +21,11 @@ from mlx_vae_tiling.vae.layers import (
     UNetMidBlock3D,
     modulations,
 )
-from mlx_vae_tiling.vae.operations import Activation, cut, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options, timesteps_of
-from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Upsampling
-from mlx_vae_tiling.vae.schedule import Read, Step
+from mlx_vae_tiling.vae.operations import Activation
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, timesteps_of
+from mlx_vae_tiling.vae.regions import CAUSAL, CENTRED, Convolution, Same
+from mlx_vae_tiling.vae.schedule import Step
+from mlx_vae_tiling.vae.unpatching import Unpatching
 
 
 class PerChannelStatistics(nn.Module):
@@ -83,33 +84,17 @@ class VideoDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.conv.weight.dtype
 
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told, with this decoder's defaults for what it was not."""
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        if num_inference_steps not in (None, 1):
-            raise ValueError(
-                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
-            )
-        conditioned = self.config.timestep_conditioning
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        given.require_one_step()
         options = DecodeOptions(
-            causal=self.config.causal if causal is None else causal,
-            timestep=timesteps_of(self.decode_timestep if timestep is None else timestep)
-            if conditioned
-            else (),
-            noise_scale=self.decode_noise_scale if noise_scale is None else noise_scale,
-            seed=seed,
-            normalized=normalized,
+            causal=self.config.causal if given.causal is None else given.causal,
+            timestep=timesteps_of(self.decode_timestep if given.timestep is None else given.timestep),
+            noise_scale=self.decode_noise_scale if given.noise_scale is None else given.noise_scale,
+            seed=given.seed,
+            normalized=given.normalized,
         )
-        return options if conditioned else replace(options, noise_scale=0.0)
+        conditioned = self.config.timestep_conditioning
+        return options if conditioned else replace(options, timestep=(), noise_scale=0.0)
 
     @property
     def smallest_side(self) -> int:
@@ -142,10 +127,9 @@ class VideoDecoder(StreamingDecoder):
             else:
                 steps += block.steps(last, need)
         steps.append(self.conv_out.step(len(steps) - 1, need, activation))
-        patch = Upsampling((1, self.config.patch_size, self.config.patch_size))
         dtype = output_dtype or self.dtype
-        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
-        steps.append(Step(*frames, (Read(len(steps) - 1, patch),), self.config.out_channels))
+        unpatching = Unpatching(self.config.out_channels, self.config.patch_size, dtype, Same())
+        steps.append(unpatching.step(len(steps) - 1))
         return steps
 
     def _prepared(self, inputs: Sequence[mx.array], where: Where, options: DecodeOptions) -> mx.array:
@@ -165,15 +149,3 @@ class VideoDecoder(StreamingDecoder):
     def _prepared_taken(self, where: Where, options: DecodeOptions) -> Taken:
         made = where.batch * where.output.volume * self.config.latent_channels
         return Taken(made * (16 if options.noise_scale else 8), made)
-
-    def _frames(self, inputs: Sequence[mx.array], where: Where, dtype: mx.Dtype) -> mx.array:
-        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
-        p = self.config.patch_size
-        parts = Upsampling((1, p, p)).slices(where.inputs[0], where.output)
-        return cut(unpatchify(inputs[0], p), parts, first_axis=2).astype(dtype)
-
-    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        planes = where.batch * self.config.out_channels
-        made, kept = planes * where.inputs[0].volume * self.config.patch_size**2, planes * where.output.volume
-        copied = where.dtype.size * kept * (kept < made) + dtype.size * kept * (dtype != where.dtype)
-        return Taken(where.dtype.size * made + copied, made)

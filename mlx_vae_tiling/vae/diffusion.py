@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.dtypes import FLOATS
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
+from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.decoder import PerChannelStatistics
 from mlx_vae_tiling.vae.diffusion_config import DiffusionDecoderConfig
 from mlx_vae_tiling.vae.diffusion_layers import (
@@ -22,12 +20,13 @@ from mlx_vae_tiling.vae.diffusion_layers import (
     SharedModulation,
     TimestepEmbedder,
 )
-from mlx_vae_tiling.vae.needs import Appended, Chained, Padded
-from mlx_vae_tiling.vae.operations import cut, patchify, unpatchify
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise, require_options, seed_of
-from mlx_vae_tiling.vae.regions import Region, Same, Span, Upsampling
+from mlx_vae_tiling.vae.needs import Appended, Padded
+from mlx_vae_tiling.vae.operations import patchify
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, Noise
+from mlx_vae_tiling.vae.regions import Region, Same, Span
 from mlx_vae_tiling.vae.schedule import Read, Step
 from mlx_vae_tiling.vae.transformer import EPS, DiffusionNABlock, NABlock
+from mlx_vae_tiling.vae.unpatching import Unpatching
 
 Inputs = Sequence[mx.array]
 
@@ -79,47 +78,24 @@ class DiffusionDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.conv_in.weight.dtype
 
-    def init_random(self, seed: int = 0) -> DiffusionDecoder:
-        """Fills all parameters with seeded noise that keeps activations near unit variance.
+    def _is_kept(self, name: str) -> bool:
+        return "norm" in name or name.startswith("per_channel_statistics.")
 
-        For tests and benchmarks: the frames show nothing.
-        """
-        key = mx.random.key(seed_of(seed))
-        weights = []
-        for name, value in dict(tree_flatten(self.parameters())).items():
-            key, own = mx.random.split(key)
-            if "norm" in name or name.startswith("per_channel_statistics."):
-                continue
-            scale = 1 / math.sqrt(value.shape[-1]) if value.ndim > 1 else 0.1
-            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) * scale))
-        self.load_weights(weights, strict=False)
-        return self
-
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told, with this decoder's defaults for what it was not.
-
-        Raises:
-            ValueError: If something is asked for that a diffusion decoder does not have.
-        """
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        refused = {"causal": causal or None, "timestep": timestep, "noise_scale": noise_scale}
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        refused = {
+            "causal": given.causal or None,
+            "timestep": given.timestep,
+            "noise_scale": given.noise_scale,
+        }
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(
                     f"a diffusion decoder takes no {name}, got {value!r}; seed, noise and "
                     "num_inference_steps are what changes its frames"
                 )
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return DecodeOptions(False, (), 0.0, seed, normalized, steps)
+        default, asked = self.config.num_inference_steps, given.num_inference_steps
+        steps = default if asked is None else asked
+        return DecodeOptions(False, (), 0.0, given.seed, given.normalized, steps)
 
     def noise(
         self, latent_shape: tuple[int, ...], options: DecodeOptions, given: Noise | mx.array | None = None
@@ -174,11 +150,9 @@ class DiffusionDecoder(StreamingDecoder):
         for number in range(options.inference_steps):
             steps += self._denoising(len(steps), context, x_t, number, options.inference_steps, again)
             x_t = len(steps) - 1
-        unpatched = Upsampling((1, config.patch_size, config.patch_size))
-        need = Chained(self._pixel_padding, unpatched)
         dtype = output_dtype or self.dtype
-        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
-        steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
+        unpatching = Unpatching(config.out_channels, config.patch_size, dtype, self._pixel_padding)
+        steps.append(unpatching.step(len(steps) - 1))
         return steps
 
     def _denoising(
@@ -286,15 +260,3 @@ class DiffusionDecoder(StreamingDecoder):
         advancing = made * where.dtype.size + max(made * (4 * 4 + where.dtype.size), drawing)
         predicting = self._predicted_taken(where)
         return predicting._replace(nbytes=max(predicting.nbytes, advancing))
-
-    def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
-        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W')."""
-        p = self.config.patch_size
-        need = self._pixel_padding
-        padded = need.before(where.output)
-        _, rows, columns = Upsampling((1, p, p)).slices(where.inputs[0], padded)
-        return cut(unpatchify(inputs[0], p), (rows, columns), first_axis=3).astype(dtype)
-
-    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
-        return Taken(made * (where.dtype.size + dtype.size * (dtype != where.dtype)), made)

@@ -1,16 +1,55 @@
-"""What a decode depends on besides latents and weights: `DecodeOptions`, and the noise of its seed."""
+"""What a decode depends on besides latents and weights: its options, and the noise of its seed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_vae_tiling.arguments import require, told
 from mlx_vae_tiling.vae.regions import Region
+
+Timestep = float | Sequence[float] | mx.array | npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class GivenOptions:
+    """Options as a caller gives them, of kinds that they can have; None is the decoder's default.
+
+    Args:
+        causal, timestep, noise_scale, seed, normalized, num_inference_steps: As `StreamingDecoder.stream`.
+
+    Raises:
+        TypeError: If one is of no kind that it can have.
+        ValueError: If the timestep is no finite and small number, or a sequence of none.
+    """
+
+    causal: bool | None = None
+    timestep: Timestep | None = None
+    noise_scale: float | None = None
+    seed: int = 0
+    normalized: bool = True
+    num_inference_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require("causal", self.causal, "True, False or None", bool, np.bool_, None)
+        if self.timestep is not None:
+            timesteps_of(self.timestep)
+        require("noise_scale", self.noise_scale, "a number or None", Real, None)
+        require("normalized", self.normalized, "True or False", bool, np.bool_)
+        require("num_inference_steps", self.num_inference_steps, "an integer or None", Integral, None)
+
+    def require_one_step(self) -> None:
+        """Raises a `ValueError` if several steps are asked for, of a decoder that has one."""
+        if self.num_inference_steps not in (None, 1):
+            raise ValueError(
+                f"num_inference_steps is for diffusion decoders, got {self.num_inference_steps} for another"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,18 +85,6 @@ def seed_of(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {told(seed)}")
     return int(seed)
-
-
-def require_options(
-    causal: object, timestep: object, noise_scale: object, normalized: object, num_inference_steps: object
-) -> None:
-    """Raises a `TypeError` where an option is of no kind that it can have; None is the decoder's default."""
-    require("causal", causal, "True, False or None", bool, np.bool_, None)
-    if timestep is not None:
-        timesteps_of(timestep)
-    require("noise_scale", noise_scale, "a number or None", Real, None)
-    require("normalized", normalized, "True or False", bool, np.bool_)
-    require("num_inference_steps", num_inference_steps, "an integer or None", Integral, None)
 
 
 def timesteps_of(timestep: object) -> tuple[float, ...]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
-import numpy.typing as npt
 
 from mlx_vae_tiling.arguments import require
 from mlx_vae_tiling.dtypes import FLOATS
@@ -16,13 +13,11 @@ from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.backends import backend_of
 from mlx_vae_tiling.vae.config import Config
 from mlx_vae_tiling.vae.convolution import ConvolutionForm
-from mlx_vae_tiling.vae.options import DecodeOptions, Noise
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions, Noise, Timestep
 from mlx_vae_tiling.vae.regions import Region, Window
 from mlx_vae_tiling.vae.schedule import Step, regions_of
 from mlx_vae_tiling.vae.stream import Stream
 from mlx_vae_tiling.vae.weights import WeightedModule
-
-Timestep = float | Sequence[float] | mx.array | npt.NDArray[Any]
 
 
 class SteppedDecoder(WeightedModule):
@@ -82,8 +77,15 @@ class SteppedDecoder(WeightedModule):
         """What `stream` was told, with this decoder's defaults for what it was not.
 
         Raises:
-            ValueError: If a value makes no sense.
+            TypeError: If a value is of no kind that the option can have.
+            ValueError: If a value makes no sense, or the decoder does not have it.
         """
+        return self._resolved(
+            GivenOptions(causal, timestep, noise_scale, seed, normalized, num_inference_steps)
+        )
+
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        """What was given, with this decoder's defaults; raises a `ValueError` at what it does not have."""
         raise NotImplementedError
 
     def check(self, latents: mx.array, options: DecodeOptions) -> None:

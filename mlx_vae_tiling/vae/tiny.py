@@ -6,22 +6,17 @@ run; axes are channels-last.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
-from mlx_vae_tiling.vae.base import StreamingDecoder, Timestep
-from mlx_vae_tiling.vae.needs import Chained, Trimmed
-from mlx_vae_tiling.vae.operations import cut
-from mlx_vae_tiling.vae.options import DecodeOptions, require_options, seed_of
-from mlx_vae_tiling.vae.regions import Upsampling
-from mlx_vae_tiling.vae.schedule import Read, Step
+from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.needs import Trimmed
+from mlx_vae_tiling.vae.options import DecodeOptions, GivenOptions
+from mlx_vae_tiling.vae.schedule import Step
 from mlx_vae_tiling.vae.tiny_config import LEVELS, TinyDecoderConfig
 from mlx_vae_tiling.vae.tiny_layers import (
     FrameConvolution,
@@ -30,6 +25,7 @@ from mlx_vae_tiling.vae.tiny_layers import (
     WideMemoryBlock,
     convolution_step,
 )
+from mlx_vae_tiling.vae.unpatching import Unpatching
 
 Inputs = Sequence[mx.array]
 
@@ -37,7 +33,8 @@ Inputs = Sequence[mx.array]
 class TinyDecoder(StreamingDecoder):
     """A tiny decoder of LTX latents, for previews: frames blurrier than the VAE's, many times as fast.
 
-    It takes normalised latents, and its frames are clamped to [-1, 1].
+    It takes normalised latents, and its frames are clamped to [-1, 1]. It has no noise and no timestep: what
+    is said of those does nothing.
 
     Args:
         config: The architecture.
@@ -66,42 +63,13 @@ class TinyDecoder(StreamingDecoder):
         """The dtype in which the decoder computes: that of its weights."""
         return self.decoder[1].weight.dtype
 
-    def init_random(self, seed: int = 0) -> TinyDecoder:
-        """Fills all parameters with seeded noise; for tests and benchmarks: the frames show nothing."""
-        key = mx.random.key(seed_of(seed))
-        weights = []
-        for name, value in dict(tree_flatten(self.parameters())).items():
-            key, own = mx.random.split(key)
-            scale = 1 / math.sqrt(value.size // value.shape[0]) if value.ndim > 1 else 0.1
-            weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) * scale))
-        self.load_weights(weights)
-        return self
-
-    def options(
-        self,
-        *,
-        causal: bool | None = None,
-        timestep: Timestep | None = None,
-        noise_scale: float | None = None,
-        seed: int = 0,
-        normalized: bool = True,
-        num_inference_steps: int | None = None,
-    ) -> DecodeOptions:
-        """What `stream` was told. A tiny decoder has no noise and no timestep: those do nothing.
-
-        Raises:
-            ValueError: If the latents are said not to be normalised, or several steps are asked for.
-        """
-        require_options(causal, timestep, noise_scale, normalized, num_inference_steps)
-        if num_inference_steps not in (None, 1):
-            raise ValueError(
-                f"num_inference_steps is for diffusion decoders, got {num_inference_steps} for another"
-            )
-        if not normalized:
+    def _resolved(self, given: GivenOptions) -> DecodeOptions:
+        given.require_one_step()
+        if not given.normalized:
             raise ValueError(
                 "a tiny decoder takes normalised latents, and its file has no statistics to normalise them by"
             )
-        return DecodeOptions(True, (), 0.0, seed, True)
+        return DecodeOptions(True, (), 0.0, given.seed, True)
 
     def steps(
         self, options: DecodeOptions, output_dtype: mx.Dtype | None = None, backend: Backend | None = None
@@ -118,11 +86,10 @@ class TinyDecoder(StreamingDecoder):
             elif isinstance(layer, FrameConvolution):
                 steps.append(convolution_step(layer, last, after=nn.relu if last == 0 else None))
         steps.append(convolution_step(self.decoder[-1], len(steps) - 1, before=nn.relu))
-        unpatched = Upsampling((1, config.patch_size, config.patch_size))
-        dtype = output_dtype or self.dtype
-        frames = partial(self._frames, dtype=dtype), partial(self._frames_taken, dtype=dtype)
-        need = Chained(Trimmed(2**LEVELS - 1), unpatched)
-        steps.append(Step(*frames, (Read(len(steps) - 1, need),), config.out_channels))
+        dtype, trimmed = output_dtype or self.dtype, Trimmed(2**LEVELS - 1)
+        # What is clipped is there beside its rearrangement.
+        unpatching = Unpatching(config.out_channels, config.patch_size, dtype, trimmed, _unpatched, arrays=2)
+        steps.append(unpatching.step(len(steps) - 1))
         return steps
 
     def _prepared(self, inputs: Inputs, where: Where) -> mx.array:
@@ -135,16 +102,12 @@ class TinyDecoder(StreamingDecoder):
         made = where.batch * where.output.volume * self.config.latent_channels
         return Taken(made * (2 * 4 + where.dtype.size * (where.dtype.size < 4)), made)
 
-    def _frames(self, inputs: Inputs, where: Where, dtype: mx.Dtype) -> mx.array:
-        """Patches (B, F', H'/4, W'/4, 48) to frames (B, 3, F', H', W') in [-1, 1]."""
-        p, source = self.config.patch_size, where.inputs[0]
-        b, t, h, w, _ = inputs[0].shape
-        x = mx.clip(inputs[0], 0, 1) * 2 - 1
-        # Unlike the VAE's patches: channel (c, row, column) with the column fastest.
-        x = x.reshape(b, t, h, w, -1, p, p).transpose(0, 4, 1, 2, 5, 3, 6).reshape(b, -1, t, h * p, w * p)
-        _, rows, columns = Upsampling((1, p, p)).slices(source, where.output)
-        return cut(x, (rows, columns), first_axis=3).astype(dtype)
 
-    def _frames_taken(self, where: Where, dtype: mx.Dtype) -> Taken:
-        made = where.batch * where.inputs[0].volume * self.config.out_channels * self.config.patch_size**2
-        return Taken(made * (2 * where.dtype.size + dtype.size * (dtype != where.dtype)), made)
+def _unpatched(x: mx.array, patch_size: int) -> mx.array:
+    """(B, T, H, W, C*p*p) in [0, 1] to (B, C, T, H*p, W*p) in [-1, 1]."""
+    b, t, h, w, _ = x.shape
+    p = patch_size
+    x = mx.clip(x, 0, 1) * 2 - 1
+    # Unlike the VAE's patches: channel (c, row, column) with the column fastest.
+    x = x.reshape(b, t, h, w, -1, p, p).transpose(0, 4, 1, 2, 5, 3, 6)
+    return x.reshape(b, -1, t, h * p, w * p)

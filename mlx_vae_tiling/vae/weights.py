@@ -68,6 +68,9 @@ class WeightedModule(nn.Module):
             key, own = mx.random.split(key)
             fan_in = value.size // value.shape[0] if value.ndim > 1 else 100
             weights.append((name, mx.random.normal(value.shape, value.dtype, key=own) / math.sqrt(fan_in)))
-        kept = {"per_channel_statistics.std", "timestep_scale_multiplier"}
-        self.load_weights([(name, value) for name, value in weights if name not in kept], strict=False)
+        self.load_weights([(name, value) for name, value in weights if not self._is_kept(name)], strict=False)
         return self
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether `init_random` leaves a parameter as it was made."""
+        return name in ("per_channel_statistics.std", "timestep_scale_multiplier")
