@@ -101,11 +101,9 @@ def plan_decode(
 
     if isinstance(backend, Backend):
         return planned(model.backend)
-    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-    tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
-    best = fewest_windows(
-        planned, list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
-    )
+    tuned = model.backend if no_tune else tuned_backend(model)
+    backends = dict.fromkeys([*in_blocks(tuned, model.everything, budget), model.backend])
+    best = fewest_windows(planned, list(backends))
     return or_making_keys_anew(best, planned, modelled)
 
 
