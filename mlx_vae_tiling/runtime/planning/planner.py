@@ -107,6 +107,36 @@ def plan_decode(
     return or_making_keys_anew(best, planned, modelled)
 
 
+def plan_anew(
+    decoder: StreamingDecoder,
+    plan: DecodePlan,
+    parts: tuple[Part, ...],
+    memory_limit: int,
+    backend: Backend | None = None,
+) -> DecodePlan:
+    """The plan of the same decode for these parts, under this limit, fitting or not.
+
+    Args:
+        decoder: For which the plan was made; its weights are not looked at.
+        plan: Of the same latents and window.
+        parts: Those of an earlier run, or of one of several machines.
+        memory_limit: In bytes.
+        backend: In place of the plan's.
+    """
+    return plan_decode(
+        decoder,
+        plan.latent_shape,
+        memory_limit=memory_limit,
+        dtype=plan.dtype,
+        backend=backend or plan.backend,
+        tiling=plan.tiling,
+        window=None if isinstance(plan.tiling, TilingConfig) else plan.output.window,
+        causal=plan.causal,
+        num_inference_steps=plan.inference_steps,
+        parts=parts,
+    )
+
+
 def _halo(tiling: int | None) -> int | None:
     if tiling is not None and (not isinstance(tiling, Integral) or isinstance(tiling, bool) or tiling < 0):
         raise ValueError(
