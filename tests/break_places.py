@@ -385,7 +385,7 @@ PLACES = [
         "runtime/ranks/simulation.py",
         "cli_ranks",
         ("if owner\n", "if True\n"),
-        ("numbers, plan.memory_limit - nbytes)", "numbers, plan.memory_limit)"),
+        ("parts, plan.memory_limit - nbytes)", "parts, plan.memory_limit)"),
         ("once / division.most,", "len(division.operations),"),
     ),
     *places(

@@ -421,6 +421,7 @@ ERRORS = [
     ("no array", lambda z: None, {}, {}, "must return an array .*, got None"),
     ("rank 4", lambda z: z[0], {}, {}, r"must return an array .* \(3, 2, 2, 2\)"),
     ("scaling", Enlarging(), {"scaling_factor": [1.0, 2.0]}, {}, r"one per channel \(3\), got 2"),
+    ("text", Enlarging(), {"scaling_factor": "x"}, {}, r"vae.scaling_factor must be one .*, got 'x'"),
     ("precision", Enlarging(), {}, {"vae_precision": "int8"}, "fp32, fp16, bf16 or None, got 'int8'"),
 ]
 
@@ -467,6 +468,16 @@ def test_errors_of_decode_with_a_decoder(latents, args, message):
             },
             {},
             "one entry for each of 1 steps, got 3",
+        ),
+        (
+            Enlarging(),
+            {
+                "return_trajectory_decoded": True,
+                "trajectory_latents": GOOD[None],
+                "trajectory_timesteps": 5,
+            },
+            {},
+            "trajectory_timesteps must be a sequence or None, got 5",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.faults import of_the_device, tried_twice
+from mlx_vae_tiling.runtime.planning.cost import CostModel
 from mlx_vae_tiling.runtime.planning.forms import levels_of
 from mlx_vae_tiling.runtime.planning.memory import memory_limits
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
@@ -30,7 +31,6 @@ from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.kernels.operands import Operands
 from mlx_vae_tiling.vae.kernels.winograd_gpu import POSITIONS
 from mlx_vae_tiling.vae.metal import MetalBackend
-from mlx_vae_tiling.vae.regions import Window
 
 LONG_OPERATIONS = 5e13
 """From as many operations on a decode is long: 5 s at 10 TFLOP/s, of which a faster form may save two."""
@@ -93,10 +93,9 @@ def tune_for(
         The levels that were measured.
     """
     dtype, backend = parse_dtype(plan.dtype), decoder.policy(plan.backend.name)
-    everything = Window().region(*decoder.output_shape(plan.latent_shape)[2:])
-    steps = decoder.steps(decoder.options(causal=plan.causal))
+    model = CostModel(decoder, plan.latent_shape, dtype, backend, decoder.options(causal=plan.causal))
     machine, tuning = machine_of(backend, dtype), load_tuning()
-    works = levels_of(steps, everything, plan.latent_frames_per_step).values()
+    works = levels_of(model, plan.latent_frames_per_step).values()
     missing = {work.level: work.frames for work in works if not tuning.of(machine, work.level)}
     if not missing:
         return []

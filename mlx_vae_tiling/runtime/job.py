@@ -17,7 +17,7 @@ from mlx_vae_tiling.runtime.frames import Frames, finish
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.planning.memory import PeakMeter, memory_limits
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
-from mlx_vae_tiling.runtime.planning.planner import MEMORY, plan_decode
+from mlx_vae_tiling.runtime.planning.planner import MEMORY, plan_anew
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.backend import Backend
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -155,17 +155,8 @@ class Job:
     def planned_anew(self, parts: tuple[Part, ...], arithmetic: dict[str, Any]) -> Job:
         """The same job for these parts, computed in these forms, under this run's limit, fitting or not."""
         old = self.plan
-        plan = plan_decode(
-            self.decoder,
-            old.latent_shape,
-            memory_limit=old.memory_limit,
-            backend=old.backend.computing_as(arithmetic),
-            tiling=old.tiling,
-            window=None if isinstance(old.tiling, TilingConfig) else old.output.window,
-            causal=old.causal,
-            num_inference_steps=old.inference_steps,
-            parts=parts,
-        )
+        backend = old.backend.computing_as(arithmetic)
+        plan = plan_anew(self.decoder, old, parts, old.memory_limit, backend)
         self.meter.backend = plan.backend.opened()
         return replace(self, plan=plan, backend=self.meter.backend)
 

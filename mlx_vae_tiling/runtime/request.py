@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -15,7 +15,29 @@ from mlx_vae_tiling.runtime.frames import KINDS
 from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.resuming.journal import fingerprint_of, hash_of
+from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
+from mlx_vae_tiling.vae.regions import Window
+
+
+class Settings(NamedTuple):
+    """The options of a decode as a caller gives them, as `decode_frames`."""
+
+    causal: bool | None = None
+    timestep: float | None = None
+    noise_scale: float | None = None
+    seed: int = 0
+    normalized: bool = True
+    num_inference_steps: int | None = None
+
+
+class Planning(NamedTuple):
+    """What a plan is made of, where none is given, as `decode_frames`."""
+
+    memory_limit: int | float | str | None = None
+    tiling: TilingConfig | int | None = None
+    window: Window | None = None
+    no_tune: bool = False
 
 
 def new_job(
@@ -23,13 +45,13 @@ def new_job(
     latents: mx.array,
     bits: int,
     plan: DecodePlan | None,
-    options: dict[str, Any],
-    planning: dict[str, Any],
+    settings: Settings,
+    planning: Planning,
     noise: mx.array | None,
     progress: bool = False,
     fitting: bool = True,
 ) -> Job:
-    """The job of one video's frames of so many bits, with what a plan says where the options say nothing."""
+    """The job of one video's frames of so many bits, with what a plan says where the settings say nothing."""
     require("plan", plan, "a DecodePlan or None", DecodePlan, None)
     require("bits", bits, "8, 16 or 32", Integral)
     if bits not in KINDS:
@@ -38,17 +60,25 @@ def new_job(
         raise TypeError(f"the decoder must be one, got a {type(decoder).__name__}; load_decoder loads it")
     if plan is not None:
         for name in ("memory_limit", "tiling", "window"):
-            if planning.get(name) is not None:
-                given = told(planning[name])
+            if (given := getattr(planning, name)) is not None:
                 raise ValueError(
-                    f"a plan has its own {name}, got {given} beside it; pass that to plan_decode"
+                    f"a plan has its own {name}, got {told(given)} beside it; pass that to plan_decode"
                 )
-        for name, planned in (("causal", plan.causal), ("num_inference_steps", plan.inference_steps)):
-            options[name] = planned if options.get(name) is None else options[name]
-    if progress:
-        planning["tell"] = _print
-    resolved = decoder.options(**options)
-    job = Job.prepare(decoder, latents, resolved, KINDS[bits], plan, noise=noise, fitting=fitting, **planning)
+        if settings.causal is None:
+            settings = settings._replace(causal=plan.causal)
+        if settings.num_inference_steps is None:
+            settings = settings._replace(num_inference_steps=plan.inference_steps)
+    job = Job.prepare(
+        decoder,
+        latents,
+        decoder.options(**settings._asdict()),
+        KINDS[bits],
+        plan,
+        noise=noise,
+        fitting=fitting,
+        tell=_print if progress else None,
+        **planning._asdict(),
+    )
     if len(latents) != 1:
         raise ValueError(
             f"frames come from one video at a time, got a batch of {len(latents)}; decode latents[i : i + 1]"

@@ -23,7 +23,7 @@ from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.ranks.crew import Crew, joined
 from mlx_vae_tiling.runtime.ranks.group import Team, lead, serve
 from mlx_vae_tiling.runtime.report import DecodeReport
-from mlx_vae_tiling.runtime.request import fingerprint_job, new_job, sound_of
+from mlx_vae_tiling.runtime.request import Planning, Settings, fingerprint_job, new_job, sound_of
 from mlx_vae_tiling.runtime.resuming.output import DecodeOutput, open_output, several
 from mlx_vae_tiling.tiling import TilingConfig
 from mlx_vae_tiling.vae.base import StreamingDecoder
@@ -87,10 +87,9 @@ def decode_frames(
         ArithmeticError: If frames are not finite, or constant, also the second time.
         ConnectionError: If another rank has failed or was lost.
     """
-    options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
-    options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
-    prepare = partial(new_job, decoder, latents, bits, plan, options, planning, noise, progress)
+    settings = Settings(causal, timestep, noise_scale, seed, normalized, num_inference_steps)
+    planning = Planning(memory_limit, tiling, window, no_tune)
+    prepare = partial(new_job, decoder, latents, bits, plan, settings, planning, noise, progress)
     if group is None or _size(group) == 1:
         job = prepare()
         return frames_of(job, None, progress, expected_seconds(decoder, job.plan) if progress else None)
@@ -158,10 +157,9 @@ def decode_to_file(
     began = time.perf_counter()
     require("path", path, "text or a path", str, os.PathLike)
     bits = 16 if os.fspath(path).lower().endswith(".mov") and codec in (None, "prores") else 8
-    options = {"causal": causal, "timestep": timestep, "noise_scale": noise_scale}
-    options |= {"seed": seed, "normalized": normalized, "num_inference_steps": num_inference_steps}
-    planning = {"memory_limit": memory_limit, "tiling": tiling, "window": window, "no_tune": no_tune}
-    prepare = partial(new_job, decoder, latents, bits, plan, options, planning, noise, progress)
+    settings = Settings(causal, timestep, noise_scale, seed, normalized, num_inference_steps)
+    planning = Planning(memory_limit, tiling, window, no_tune)
+    prepare = partial(new_job, decoder, latents, bits, plan, settings, planning, noise, progress)
     video = {"fps": fps, "codec": codec, "quality": quality, "resume": resume, "overwrite": overwrite}
     team, kept, expected = None, 0, None
     with contextlib.ExitStack() as stack:

@@ -106,3 +106,13 @@ def precision_of(args: Any) -> mx.Dtype | None:
     if name is not None and name not in PRECISIONS:
         raise ValueError(f"{field_name} must be one of {', '.join(PRECISIONS)} or None, got {told(name)}")
     return None if name is None else PRECISIONS[name]
+
+
+def require_timesteps(timesteps: Any, steps: int) -> None:
+    """Raises a `ValueError` unless there is one timestep for each of so many steps, or None for all."""
+    try:
+        given = steps if timesteps is None else len(timesteps)
+    except TypeError as error:
+        raise ValueError(f"trajectory_timesteps must be a sequence or None, got {told(timesteps)}") from error
+    if given != steps:
+        raise ValueError(f"trajectory_timesteps must have one entry for each of {steps} steps, got {given}")

@@ -22,6 +22,7 @@ from mlx_vae_tiling.stage.arguments import (
     PipelineConfig,
     option,
     precision_of,
+    require_timesteps,
 )
 from mlx_vae_tiling.stage.scaling import denormalized
 from mlx_vae_tiling.stage.verification import VerificationResult, array_of_rank, describe, without_nan
@@ -173,10 +174,7 @@ class DecodingStage:
                 f"is set, got {describe(trajectory)}"
             )
         timesteps, steps = option(batch, "trajectory_timesteps", DecodeBatch), trajectory.shape[1]
-        if timesteps is not None and len(timesteps) != steps:
-            raise ValueError(
-                f"trajectory_timesteps must have one entry for each of {steps} steps, got {len(timesteps)}"
-            )
+        require_timesteps(timesteps, steps)
         batch.trajectory_decoded = []
         preview = option(args, "model_paths", DecodingArgs).get("preview")
         stage = self if preview is None else DecodingStage(_tiny_decoder(preview))

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vae_tiling.arguments import told
+
 
 def denormalized(latents: mx.array, vae: Any) -> mx.array:
     """What FastVideo's stage makes of latents for a VAE, in float32 where it changes them.
@@ -37,7 +39,11 @@ def denormalized(latents: mx.array, vae: Any) -> mx.array:
 
 
 def _per_channel(name: str, factor: Any, channels: int) -> mx.array:
-    values = mx.array(factor, mx.float32)
+    rule = f"vae.{name} must be one number or one per channel ({channels})"
+    try:
+        values = mx.array(factor, mx.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}, got {told(factor)}") from error
     if values.size not in (1, channels):
-        raise ValueError(f"vae.{name} must be one number or one per channel ({channels}), got {values.size}")
+        raise ValueError(f"{rule}, got {values.size}")
     return values.reshape(1, -1, 1, 1, 1)

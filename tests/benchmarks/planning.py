@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_vae_tiling import (
     DecodePlan,
@@ -20,9 +19,10 @@ from mlx_vae_tiling import (
     TilingConfig,
     VideoDecoder,
     Window,
-    decode_frames,
     plan_decode,
 )
+from mlx_vae_tiling.runtime.flow import frames_of
+from mlx_vae_tiling.runtime.job import Job
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.published import PUBLISHED
 
@@ -127,18 +127,13 @@ def measure_case(case: Case) -> Result:
 
 def measured_peak(decoder: StreamingDecoder, latents: mx.array, plan: DecodePlan) -> int:
     """Bytes that a plan takes, weights included."""
-    plan = replace(plan, backend=plan.backend.opened())
-    mx.eval(latents, decoder.parameters())
-    mx.clear_cache()
-    weights = sum(value.nbytes for value in dict(tree_flatten(decoder.parameters())).values())
-    before = mx.get_active_memory() - weights
-    mx.reset_peak_memory()
-    peak = 0
-    for frames in decode_frames(decoder, latents, plan=plan):
+    options = decoder.options(causal=plan.causal, num_inference_steps=plan.inference_steps)
+    job = Job.prepare(decoder, latents, options, "uint8", plan)
+    for frames in frames_of(job):
         del frames
-        # Read with each piece, as a correction of the chunk size starts MLX's count anew.
-        peak = max(peak, mx.get_peak_memory())
-    return max(peak, mx.get_peak_memory()) - before + plan.backend.held_workspace_bytes
+    # The job's own meter, as a correction of the chunk size starts MLX's count anew.
+    job.meter.read()
+    return job.meter.highest
 
 
 def print_row(case: Case, result: Result) -> None:

@@ -12,7 +12,7 @@ from mlx_vae_tiling.runtime.frames import finishing_bytes
 from mlx_vae_tiling.vae.backend import Backend, Taken, Where
 from mlx_vae_tiling.vae.base import StreamingDecoder
 from mlx_vae_tiling.vae.options import DecodeOptions
-from mlx_vae_tiling.vae.regions import Region, Span
+from mlx_vae_tiling.vae.regions import Region, Span, Window
 from mlx_vae_tiling.vae.schedule import (
     Deliver,
     Forget,
@@ -134,6 +134,11 @@ class CostModel:
     @property
     def weight_bytes(self) -> int:
         return self.decoder.config.parameters * self.dtype.size
+
+    @property
+    def everything(self) -> Region:
+        """All of the output, whatever part of it is decoded."""
+        return Window().region(*self.decoder.output_shape(self.latent_shape)[2:])
 
     def operations(self, part: Part, step: int | None = None, cap: int | None = None) -> int:
         """Multiplications and additions of all steps.

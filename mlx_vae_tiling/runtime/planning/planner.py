@@ -101,12 +101,40 @@ def plan_decode(
 
     if isinstance(backend, Backend):
         return planned(model.backend)
-    everything = Window().region(*decoder.output_shape(latent_shape)[2:])
-    tuned = model.backend if no_tune else tuned_backend(model.backend, model.steps, everything, dtype)
-    best = fewest_windows(
-        planned, list(dict.fromkeys([*in_blocks(tuned, everything, budget), model.backend]))
-    )
+    tuned = model.backend if no_tune else tuned_backend(model)
+    backends = dict.fromkeys([*in_blocks(tuned, model.everything, budget), model.backend])
+    best = fewest_windows(planned, list(backends))
     return or_making_keys_anew(best, planned, modelled)
+
+
+def plan_anew(
+    decoder: StreamingDecoder,
+    plan: DecodePlan,
+    parts: tuple[Part, ...],
+    memory_limit: int,
+    backend: Backend | None = None,
+) -> DecodePlan:
+    """The plan of the same decode for these parts, under this limit, fitting or not.
+
+    Args:
+        decoder: For which the plan was made; its weights are not looked at.
+        plan: Of the same latents and window.
+        parts: Those of an earlier run, or of one of several machines.
+        memory_limit: In bytes.
+        backend: In place of the plan's.
+    """
+    return plan_decode(
+        decoder,
+        plan.latent_shape,
+        memory_limit=memory_limit,
+        dtype=plan.dtype,
+        backend=backend or plan.backend,
+        tiling=plan.tiling,
+        window=None if isinstance(plan.tiling, TilingConfig) else plan.output.window,
+        causal=plan.causal,
+        num_inference_steps=plan.inference_steps,
+        parts=parts,
+    )
 
 
 def _halo(tiling: int | None) -> int | None:

@@ -8,7 +8,7 @@ from mlx_vae_tiling.dtypes import parse_dtype
 from mlx_vae_tiling.runtime.planning.cost import CostModel
 from mlx_vae_tiling.runtime.planning.memory import format_bytes
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
-from mlx_vae_tiling.runtime.planning.planner import plan_decode
+from mlx_vae_tiling.runtime.planning.planner import plan_anew
 from mlx_vae_tiling.runtime.ranks.division import Division, halo_of
 from mlx_vae_tiling.runtime.ranks.shares import divide
 from mlx_vae_tiling.runtime.ranks.waiting import ranges_of, room_for
@@ -94,7 +94,8 @@ def simulate(decoder: StreamingDecoder, plan: DecodePlan, ranks: int) -> Simulat
     peaks = [model.weight_bytes + nbytes for nbytes in waiting]
     for rank, nbytes in enumerate(waiting):
         if numbers := division.of(rank):
-            peaks[rank] = nbytes + _peak_bytes(decoder, plan, division, numbers, plan.memory_limit - nbytes)
+            parts = tuple(division.parts[number] for number in numbers)
+            peaks[rank] = nbytes + plan_anew(decoder, plan, parts, plan.memory_limit - nbytes).peak_bytes
     sent = sum(
         3 * part.pixels.volume for part, owner in zip(division.parts, division.owners, strict=True) if owner
     )
@@ -106,21 +107,3 @@ def simulate(decoder: StreamingDecoder, plan: DecodePlan, ranks: int) -> Simulat
         once / division.most,
         sent / plan.frames,
     )
-
-
-def _peak_bytes(
-    decoder: StreamingDecoder, plan: DecodePlan, division: Division, numbers: list[int], budget: int
-) -> int:
-    share = plan_decode(
-        decoder,
-        plan.latent_shape,
-        memory_limit=budget,
-        dtype=plan.dtype,
-        backend=plan.backend,
-        tiling=plan.tiling,
-        window=plan.output.window,
-        causal=plan.causal,
-        num_inference_steps=plan.inference_steps,
-        parts=tuple(division.parts[number] for number in numbers),
-    )
-    return share.peak_bytes

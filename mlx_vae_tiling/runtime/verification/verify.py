@@ -25,7 +25,7 @@ from mlx_vae_tiling.runtime.job import NO_FRAMES, Job
 from mlx_vae_tiling.runtime.planning.memory import PeakMeter
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
 from mlx_vae_tiling.runtime.planning.planner import plan_decode
-from mlx_vae_tiling.runtime.request import new_job
+from mlx_vae_tiling.runtime.request import Planning, Settings, new_job
 from mlx_vae_tiling.runtime.resuming.store import FrameStore
 from mlx_vae_tiling.runtime.verification.compare import Comparison, Score
 from mlx_vae_tiling.runtime.verification.seams import Seams, seams_of
@@ -93,7 +93,7 @@ def verify_decode(
         )
 
     def job_of(plan: DecodePlan) -> Job:
-        return new_job(decoder, latents, 8, plan, dict(options), {}, given_noise)
+        return new_job(decoder, latents, 8, plan, Settings(**options), Planning(), given_noise)
 
     plan = planned(tiling, memory_limit)
     job, comparison, seams = job_of(plan), Comparison(*plan.size), seams_of(plan)
