@@ -283,7 +283,7 @@ PLACES = [
         "runtime/planning/memory.py",
         "runtime_memory",
         ("set_limit(left[-1][1])", "set_limit(left[0][1])"),
-        ("1 <= amount < 2**63", "0 <= amount < 2**63"),
+        ("least <= number < 2**63", "0 <= number < 2**63"),
         ("- self.others\n", "\n"),
     ),
     *places(
@@ -297,7 +297,10 @@ PLACES = [
     *places(
         "runtime/planning/cost.py",
         "runtime_plan runtime_kinds -k cover or once or there_twice",
-        ("copying.add(frames_with(copied, producer))", "copying.add(frames_with(0, producer))"),
+        (
+            "join():\n                    copying.add(frames_with(copied))",
+            "join():\n                    pass",
+        ),
         ("filled = 2 * self._lag + 4 * step", "filled = self._lag // 4"),
         ("ahead = self.backend.pieces_ahead", "ahead = 2 * self.backend.pieces_ahead"),
     ),

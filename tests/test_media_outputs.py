@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +283,12 @@ def test_what_holds_no_frame_is_in_nobodys_way(tmp_path, name, left):
     assert unfinished_frames(path) is None
     write(path, noise(2))
     assert not [found for found in snapshot(tmp_path) if "partial" in found]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.npy", "a_%d.png"])
+def test_asking_what_is_kept_removes_nothing(tmp_path, name):
+    """Somebody else may be about to write its first frame."""
+    beside = Path(partial_path(str(tmp_path / name)).replace("%d", "0"))
+    beside.write_bytes(b"begun")
+    assert unfinished_frames(tmp_path / name) is None
+    assert beside.read_bytes() == b"begun"

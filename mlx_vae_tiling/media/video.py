@@ -107,19 +107,26 @@ def open_video(
 def unfinished_frames(path: str | os.PathLike[str]) -> tuple[str, int] | None:
     """Where an unfinished output of this name is kept, and how many of its frames; None if there is none.
 
-    What a kill has cut off at its end is removed, all of it if no frame is whole, so it must not be asked
-    while the output is written.
+    What a kill has cut off at its end is removed, so it must not be asked while the output is written.
     """
-    path, kind = os.fspath(path), _kind(os.fspath(path))
-    path = _pattern(path, create=False) if kind == ".png" else os.path.realpath(path)
+    path, kind = _named(path)
     count = {".npy": frames_in_npy, ".png": frames_in_png}.get(kind, frames_in_movie)(path)
+    return (partial_path(path), count) if count else None
+
+
+def discard_unfinished(path: str | os.PathLike[str]) -> None:
+    """Removes what lies beside an output of this name, for the process that has written it."""
+    path, kind = _named(path)
     beside = partial_path(path)
-    if count:
-        return beside, count
-    for cut in (numbered(beside, n) for n in numbers(beside)) if kind == ".png" else [beside]:
+    for cut in [numbered(beside, number) for number in numbers(beside)] if kind == ".png" else [beside]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(cut)
-    return None
+
+
+def _named(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The path of an output as its writer has it, and its kind."""
+    path, kind = os.fspath(path), _kind(os.fspath(path))
+    return _pattern(path, create=False) if kind == ".png" else os.path.realpath(path), kind
 
 
 def first_file(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_vae_tiling.media.places import BEGIN_AGAIN, partial_path
 from mlx_vae_tiling.media.space import disk_bytes
-from mlx_vae_tiling.media.video import first_file, open_video, unfinished_frames
+from mlx_vae_tiling.media.video import discard_unfinished, first_file, open_video, unfinished_frames
 from mlx_vae_tiling.media.writer import VideoWriter
 from mlx_vae_tiling.runtime.planning.cost import Part
 from mlx_vae_tiling.runtime.planning.plan import DecodePlan
@@ -126,6 +126,7 @@ def _writing(
         if store is not None:
             store.close()
         if finished or not (unfinished_frames(path) if store is None else any(store.done)):
+            discard_unfinished(path)
             journal.remove()
 
 
