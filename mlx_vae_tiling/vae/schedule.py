@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -200,13 +201,13 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
         scale = scales[reads[0].producer]
         stop = min(stop, start + pace.limit(scale) * scales[number] // scale)
         for producer, need in reads:
-            ends = [need.along(0, Span(n, n + 1, size)).stop for n in range(start, stop)]
+            ends = [_seen(need, n, size).stop for n in range(start, stop)]
             stop = start + bisect_right(ends, made[producer])
         return stop
 
     def first_needed(reader: int, need: Need, producer: int) -> int:
         start, (_, stop, size) = made[reader], times[reader]
-        return times[producer].stop if start == stop else need.along(0, Span(start, start + 1, size)).start
+        return times[producer].stop if start == stop else _seen(need, start, size).start
 
     number = 0
     while made[-1] < times[-1].stop:
@@ -225,6 +226,12 @@ def schedule(steps: Sequence[Step], times: Sequence[Span], pace: Pace) -> Iterat
             yield Deliver(number)
         # Nothing but its readers can have become ready.
         number = max((reader for reader, _ in readers[number]), default=number)
+
+
+@lru_cache(maxsize=2**14)
+def _seen(need: Need, frame: int, size: int) -> Span:
+    """The frames that one of so many needs: steps of the same kind ask for the same, again and again."""
+    return need.along(0, Span(frame, frame + 1, size))
 
 
 def readers_of(steps: Sequence[Step]) -> list[list[Read]]:
