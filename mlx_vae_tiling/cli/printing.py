@@ -1,4 +1,4 @@
-"""What commands print: text for people, or fields as JSON for programs; one line for errors; figures."""
+"""What commands print: text or JSON to stdout; errors, warnings and news as one line each to stderr."""
 
 from __future__ import annotations
 

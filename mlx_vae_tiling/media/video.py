@@ -135,10 +135,8 @@ def first_file(path: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: The path cannot be used.
     """
-    path, kind = os.fspath(path), _kind(os.fspath(path))
-    if kind != ".png":
-        return os.path.realpath(path)
-    return first_png(_pattern(path, create=False))
+    path, kind = _named(path)
+    return first_png(path) if kind == ".png" else path
 
 
 def frame_rate(fps: float | str | Fraction) -> Fraction:

@@ -21,7 +21,10 @@ from mlx_vae_tiling.vae.regions import Window
 
 
 class Settings(NamedTuple):
-    """The options of a decode as a caller gives them, as `decode_frames`."""
+    """The options of a decode as a caller gives them, as `decode_frames`.
+
+    They are checked as `GivenOptions` when the job is made, where a failure is told to other ranks.
+    """
 
     causal: bool | None = None
     timestep: float | None = None
